@@ -1,0 +1,72 @@
+"""What every benchmark does alike: interleaved timing, medians, the machine, a table and JSON.
+
+The machine may be shared, so candidates take turns in one process and are compared by medians;
+limits (what a copy of memory reaches) are measured in the same run.
+"""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlir import _build_info
+
+
+def machine() -> dict[str, Any]:
+    """Processor, load and versions, for the record."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    model = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), "")
+    return {
+        "processor": model or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "isa": _build_info.used_cpu_isa(),
+        "load": round(os.getloadavg()[0], 2),
+        "torch": torch.__version__,
+        "rlir": _build_info.version,
+    }
+
+
+def interleave(
+    candidates: Mapping[str, Callable[[], object]], rounds: int = 31, seconds: float = 0.003
+) -> dict[str, float]:
+    """Median seconds a call of each candidate. They take turns, ``seconds`` at a time."""
+    calls = {}
+    for name, call in candidates.items():
+        for _ in range(10):
+            call()
+        begin = time.perf_counter()
+        for _ in range(10):
+            call()
+        calls[name] = max(1, int(seconds * 10 / (time.perf_counter() - begin)))
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, call in candidates.items():
+            begin = time.perf_counter()
+            for _ in range(calls[name]):
+                call()
+            times[name].append((time.perf_counter() - begin) / calls[name])
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Columns for people: the first to the left, the others to the right."""
+    cells = [[str(x) for x in row] for row in (header, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        others = (c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))
+        return "  ".join([row[0].ljust(widths[0]), *others])
+
+    return "\n".join([line(cells[0]), line(["-" * w for w in widths]), *map(line, cells[1:])])
+
+
+def emit(name: str, record: Mapping[str, Any]) -> None:
+    """One line of JSON for programs, last."""
+    print(json.dumps({"benchmark": name, **record}))

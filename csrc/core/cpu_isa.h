@@ -1,0 +1,36 @@
+// Which build of a CPU kernel runs here. Every kernel is compiled once per instruction set and
+// chosen once per process, so that one binary runs everywhere and uses what the machine has.
+#pragma once
+
+namespace rlir {
+
+// In order: an instruction set includes those before it.
+enum class CpuIsa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
+inline constexpr int kCpuIsaCount = 4;
+
+const char* cpu_isa_name(CpuIsa isa);
+
+// The best instruction set of this machine and operating system.
+CpuIsa detected_cpu_isa();
+
+// What kernels use: the detected one, or a lower one that RLIR_CPU_ISA names (baseline, avx2,
+// avx512, amx). The variable can only lower it; a name that is unknown has no effect here, and
+// loading the library in Python refuses it.
+CpuIsa cpu_isa();
+
+// Features of interest and whether this machine has them, as "name" or "-name" separated by
+// spaces, for people.
+const char* cpu_features();
+
+}  // namespace rlir
+
+// The build of a kernel in rlir::cpu for this machine; AMX machines run the AVX-512 build of
+// kernels that have no tiles.
+#if defined(RLIR_X86)
+#define RLIR_CPU_KERNEL(kernel)                                               \
+  (::rlir::cpu_isa() >= ::rlir::CpuIsa::kAvx512 ? ::rlir::cpu::avx512::kernel \
+   : ::rlir::cpu_isa() >= ::rlir::CpuIsa::kAvx2 ? ::rlir::cpu::avx2::kernel   \
+                                                : ::rlir::cpu::baseline::kernel)
+#else
+#define RLIR_CPU_KERNEL(kernel) (::rlir::cpu::baseline::kernel)
+#endif

@@ -1,0 +1,13 @@
+"""What the native library was built with, and what this machine can run."""
+
+version: str
+torch_version: str
+compiler: str
+build_type: str
+cpu_isas: tuple[str, ...]
+cuda_archs: tuple[str, ...]
+
+def cpu_isa_names() -> tuple[str, ...]: ...
+def detected_cpu_isa() -> str: ...
+def used_cpu_isa() -> str: ...
+def cpu_features() -> str: ...

@@ -1,0 +1,204 @@
+"""What is installed and what works here: versions, processor, backends, and why others do not."""
+
+import importlib
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from rlir import console
+
+PACKAGES = (
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "scikit-image",
+    "safetensors",
+    "av",
+    "vizdoom",
+    "vector-quantize-pytorch",
+    "tyro",
+    "rich",
+    "tensorboard",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the report."""
+
+    section: str
+    name: str
+    value: str
+    works: bool = True
+    """False for what is not available; the value then says why."""
+    required: bool = False
+    """Whether rlir cannot do its work without it."""
+
+
+def report() -> list[Row]:
+    """Everything ``rlir doctor`` prints, in order."""
+    return [*_versions(), *_processor(), *_backends(), *_video()]
+
+
+def run() -> int:
+    """Print the report. Returns 0, or 1 if something that rlir needs is not available."""
+    rows = report()
+    width = max(len(row.name) for row in rows)
+    section = ""
+    for row in rows:
+        if row.section != section:
+            console.out(f"\n{row.section}" if section else row.section)
+            section = row.section
+        console.out(f"  {row.name:<{width}}  {row.value}")
+    broken = [row.name for row in rows if row.required and not row.works]
+    console.out("")
+    console.out(f"not working: {', '.join(broken)}" if broken else "ready")
+    return 1 if broken else 0
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _versions() -> list[Row]:
+    section = "versions"
+    system = f"{platform.system()} {platform.release()} {platform.machine()}"
+    rows = [
+        Row(section, "rlir", _version("rlir") or "not installed (imported from its source)"),
+        Row(section, "python", f"{platform.python_version()} on {system}"),
+        Row(section, "torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})"),
+    ]
+    for package in PACKAGES:
+        found = _version(package)
+        text = found or f"not installed: pip install {package}"
+        rows.append(Row(section, package, text, works=found is not None, required=True))
+    return rows
+
+
+def _processor() -> list[Row]:
+    section = "processor"
+    cores = len(os.sched_getaffinity(0))
+    omp = os.environ.get("OMP_NUM_THREADS", "not set")
+    rows = [
+        Row(section, "model", _cpu_model()),
+        Row(
+            section,
+            "threads",
+            f"{torch.get_num_threads()} used by torch, {cores} cores, OMP_NUM_THREADS {omp}",
+        ),
+    ]
+    try:
+        from rlir import _build_info
+    except ImportError as error:
+        missing = f"unknown: {_reason(error)}"
+        return [*rows, Row(section, "isa", missing, works=False)]
+    used = _build_info.used_cpu_isa()
+    cap = os.environ.get("RLIR_CPU_ISA")
+    capped = f" (RLIR_CPU_ISA={cap})" if cap else ""
+    compiled = ", ".join(_build_info.cpu_isas)
+    return [
+        *rows,
+        Row(section, "isa detected", _build_info.detected_cpu_isa()),
+        Row(section, "isa used", f"{used}{capped}"),
+        Row(section, "isa compiled", f"{compiled} by {_build_info.compiler}"),
+        Row(section, "features", _build_info.cpu_features() or "none known"),
+    ]
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _backends() -> list[Row]:
+    section = "backends"
+    reference = Row(section, "reference", "yes: plain PyTorch, on every device")
+    return [reference, _cpu(section), *_cuda(section), *_optional(section)]
+
+
+def _cpu(section: str) -> Row:
+    try:
+        from rlir import _library
+
+        if _library.FORCE_REFERENCE:
+            text = "no: RLIR_FORCE_REFERENCE is set, ops run their reference"
+            return Row(section, "cpu", text, works=False)
+        from rlir import _build_info
+    except (ImportError, ValueError) as error:
+        return Row(section, "cpu", f"no: {_reason(error)}", works=False, required=True)
+    built = f"built with torch {_build_info.torch_version}"
+    return Row(section, "cpu", f"yes: {_build_info.used_cpu_isa()} kernels, {built}")
+
+
+def _cuda(section: str) -> list[Row]:
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        device = Row(section, "cuda device", f"yes: {', '.join(names)}")
+    elif torch.version.cuda is None:
+        reason = f"torch {torch.__version__} is built without CUDA"
+        device = Row(section, "cuda device", f"no: {reason}", works=False)
+    else:
+        reason = "no NVIDIA driver or no GPU that torch can use"
+        device = Row(section, "cuda device", f"no: {reason}", works=False)
+    try:
+        from rlir import _build_info
+
+        archs = ", ".join(_build_info.cuda_archs)
+    except ImportError as error:
+        return [device, Row(section, "cuda kernels", f"no: {_reason(error)}", works=False)]
+    text = f"yes: {archs}" if archs else "no: none were built; CUDA tensors use the reference"
+    return [device, Row(section, "cuda kernels", text, works=bool(archs))]
+
+
+def _optional(section: str) -> list[Row]:
+    wanted = (
+        ("flash-attn", "flash_attn", "pip install 'rlir[gpu]' on a machine with a CUDA torch"),
+        ("xformers", "xformers", "pip install 'rlir[gpu]' on a machine with a CUDA torch"),
+        ("nvtx", "nvtx", "pip install nvtx, for ranges in Nsight Systems"),
+    )
+    return [_package(section, *package) for package in wanted]
+
+
+def _package(section: str, name: str, module: str, how: str, required: bool = False) -> Row:
+    found = _version(name)
+    if found is None:
+        return Row(section, name, f"no: not installed ({how})", works=False, required=required)
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a broken install can raise anything
+        text = f"no: {found} does not import: {_reason(error)}"
+        return Row(section, name, text, works=False, required=required)
+    return Row(section, name, f"yes: {found}", required=required)
+
+
+def _video() -> list[Row]:
+    section = "games and video"
+    rows = [_package(section, "vizdoom", "vizdoom", "pip install vizdoom", required=True)]
+    try:
+        import av
+    except Exception as error:  # a broken install can raise anything
+        return [*rows, Row(section, "libx264", f"no: PyAV: {_reason(error)}", False, True)]
+    here = "libx264" in av.codecs_available
+    text = f"yes: in PyAV {av.__version__}" if here else "no: this PyAV is built without it"
+    return [*rows, Row(section, "libx264", text, works=here, required=True)]
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error).splitlines()
+    return text[0] if text else type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(run())

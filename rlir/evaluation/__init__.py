@@ -1,0 +1,1 @@
+"""Action following, video quality, intervals by bootstrap, and what they say together."""

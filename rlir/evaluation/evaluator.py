@@ -1,0 +1,146 @@
+"""Roll out held-out clips and have both inverse dynamics models read them."""
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlir.actions.space import action_space
+from rlir.data.clips import Clips, to_bytes, to_unit
+from rlir.errors import InputError
+from rlir.evaluation.summary import Reading, Scored
+from rlir.grpo.reward import draw
+from rlir.models.idm import InverseDynamics
+from rlir.models.load import Models
+from rlir.models.world_model import WorldModel
+from rlir.rollout.loop import inference_copy, rollout
+from rlir.tracing import span
+from rlir.training import check_seed
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How models are evaluated. Prompts and seeds are the same before and after."""
+
+    clips: int = 384
+    """Held-out clips of maps that training saw."""
+    unseen_clips: int = 128
+    """Held-out clips of maps that training never saw, reported beside; 0 leaves them out."""
+    frames: int = 5
+    """Frames of a clip: one prompt frame and the generated ones."""
+    temperature: float = 1.0
+    """Sampling temperature."""
+    during_clips: int = 64
+    """Clips of the small evaluations while training runs."""
+    during_every: int = 20
+    """Steps between those; 0 leaves them out."""
+    draws: int = 2000
+    """Bootstrap draws of the intervals."""
+    seed: int = 1234
+    """Seeds the choice of clips and the sampling."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("clips", 1), ("unseen_clips", 0), ("frames", 2), ("draws", 1)):
+            if getattr(self, name) < least:
+                raise InputError(
+                    f"evaluation: {name} must be at least {least}, got {getattr(self, name)}"
+                )
+        if self.during_clips < 1 or self.during_every < 0:
+            raise InputError(
+                f"evaluation: during_clips must be at least 1 and during_every at least 0, "
+                f"got {self.during_clips} and {self.during_every}"
+            )
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(f"evaluation: temperature must be at least 0, got {self.temperature}")
+        check_seed(self.seed)
+
+
+class Evaluator:
+    """Held-out clips with everything that does not depend on the world model, computed once."""
+
+    def __init__(self, models: Models, clips: Clips, count: int, config: EvaluationConfig):
+        self.models, self.config = models, config
+        self.space = action_space(models.world_model.config.space)
+        length = config.frames
+        starts = clips.pick(count, length, config.seed)
+        frames = clips.clip(clips.frames, starts, length)
+        self.actions = clips.clip(clips.actions, starts, length)[:, :-1]
+        self.maps = tuple(clips.map_of(int(start)) for start in starts)
+        self.real = frames.numpy()
+        self.codes = self._encode(frames)
+        self.read_real = {
+            name: self._read(idm, to_unit(frames))
+            for name, idm in (("reward", models.reward_idm), ("judge", models.judge_idm))
+        }
+
+    @torch.no_grad()
+    def _encode(self, frames: Tensor) -> Tensor:
+        parts = []
+        for part in frames.flatten(0, 1).split(128):
+            with torch.autocast("cpu", torch.bfloat16):
+                parts.append(self.models.tokenizer.encode(to_unit(part)))
+        return torch.cat(parts).unflatten(0, frames.shape[:2])
+
+    @staticmethod
+    def _read(idm: InverseDynamics, frames: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        classes, features = idm.read(frames)
+        return classes.numpy(), features.numpy()
+
+    def continuations(
+        self, model: WorldModel, count: int | None = None, batch: int = 64, seed: int = 0
+    ) -> Tensor:
+        """Codes [N, L, S] of the model's continuations of the first ``count`` clips."""
+        policy, parts = inference_copy(model), []
+        for i in range(0, count or len(self.codes), batch):
+            part = slice(i, min(i + batch, count or len(self.codes)))
+            generator = torch.Generator().manual_seed((self.config.seed << 24) + (seed << 16) + i)
+            drawn = rollout(
+                policy,
+                self.codes[part, 0],
+                self.actions[part],
+                temperature=self.config.temperature,
+                generator=generator,
+            )
+            parts.append(drawn.codes)
+        return torch.cat(parts)
+
+    def score_codes(self, codes: Tensor) -> Scored:
+        """What both models read off drawn codes [n, L, S] of the first n clips."""
+        n = len(codes)
+        frames = draw(self.models.tokenizer, codes)
+        return self._scored(frames, to_bytes(frames).numpy(), n)
+
+    def score(self, model: WorldModel, count: int | None = None, seed: int = 0) -> Scored:
+        """What both models read off the world model's continuations."""
+        with span("evaluate", count or len(self.codes)):
+            return self.score_codes(self.continuations(model, count, seed=seed))
+
+    def _scored(self, frames: Tensor, shown: np.ndarray, n: int) -> Scored:
+        readings = {}
+        for name, idm in (("reward", self.models.reward_idm), ("judge", self.models.judge_idm)):
+            classes, features = self._read(idm, frames)
+            readings[name] = Reading(classes, features, self.read_real[name][1][:n])
+        return Scored(
+            self.space,
+            self.actions[:n].numpy(),
+            readings["reward"],
+            readings["judge"],
+            shown,
+            self.real[:n],
+            self.maps[:n],
+        )
+
+    def ceiling(self) -> Scored:
+        """The real frames: what the IDMs can read at best."""
+        return self._scored(to_unit(torch.from_numpy(self.real)), self.real, len(self.real))
+
+    def tokenised(self) -> Scored:
+        """The real frames as the tokenizer draws them: the ceiling of any world model on it."""
+        return self.score_codes(self.codes)
+
+    @staticmethod
+    def floor(scored: Scored) -> Scored:
+        """The same continuations against the commands of other clips: no obedience at all."""
+        return replace(scored, commanded=np.roll(scored.commanded, 1, axis=0))

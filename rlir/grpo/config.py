@@ -1,0 +1,81 @@
+"""Settings of GRPO with inverse rewards."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from rlir.errors import InputError
+from rlir.training import check_seed
+
+
+@dataclass(frozen=True)
+class GrpoConfig:
+    """Group-relative policy optimisation (arXiv 2402.03300) of a world model."""
+
+    steps: int = 60
+    """Optimisation steps; each rolls out anew."""
+    prompts: int = 4
+    """Prompts a step."""
+    group_size: int = 16
+    """Rollouts of each prompt, compared with one another; at least 2."""
+    frames: int = 5
+    """Frames of a clip: one prompt frame and the generated ones."""
+    temperature: float = 1.0
+    """Sampling temperature of the rollouts."""
+    reward: Literal["match", "probability"] = "match"
+    """A factor's reward: 1 if the IDM reads the commanded class, or that class's probability."""
+    camera_weight: float = 1.0
+    """Weight of a camera axis beside a key group in the reward."""
+    credit: Literal["trajectory", "frame"] = "trajectory"
+    """One advantage a rollout, as in the paper, or one a frame (denser, easier to hack)."""
+    learning_rate: float = 1e-4
+    """AdamW's learning rate, constant after warm-up."""
+    warmup: int = 3
+    """Steps of linear warm-up."""
+    clip_low: float = 0.2
+    """The importance ratio is clipped below at 1 - clip_low."""
+    clip_high: float = 0.2
+    """The importance ratio is clipped above at 1 + clip_high."""
+    kl_weight: float = 0.05
+    """Weight of the KL divergence to the frozen base (k3 estimate)."""
+    minibatches: int = 2
+    """Optimizer steps a rollout batch is split into."""
+    microbatch: int = 16
+    """Rollouts that go through the model together; bounds memory, changes nothing else."""
+    supervised_weight: float = 0.0
+    """Weight of the next-token loss on the prompts' real continuations, mixed in."""
+    supervised_clips: int = 8
+    """Real clips a minibatch for that loss."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    seed: int = 0
+    """Seeds prompts, sampling and minibatches."""
+    checkpoint_every: int = 10
+    """Steps between saved states; --resume goes on from the last one."""
+
+    def __post_init__(self) -> None:
+        if self.group_size < 2:
+            raise InputError(
+                f"grpo: group_size must be at least 2 (an advantage compares a group's members), "
+                f"got {self.group_size}"
+            )
+        for name in ("steps", "prompts", "minibatches", "microbatch", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"grpo: {name} must be at least 1, got {getattr(self, name)}")
+        if self.frames < 2:
+            raise InputError(f"grpo: frames must be at least 2, got {self.frames}")
+        for name in ("temperature", "learning_rate", "max_grad_norm", "clip_low", "clip_high"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"grpo: {name} must be above 0, got {getattr(self, name)}")
+        for name in ("camera_weight", "kl_weight", "supervised_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"grpo: {name} must be at least 0, got {getattr(self, name)}")
+        if self.supervised_weight and self.supervised_clips < 1:
+            raise InputError(
+                f"grpo: supervised_clips must be at least 1, got {self.supervised_clips}"
+            )
+        check_seed(self.seed)
+        if self.minibatches > self.prompts * self.group_size:
+            raise InputError(
+                f"grpo: minibatches must be at most prompts * group_size, got {self.minibatches}"
+            )

@@ -1,0 +1,260 @@
+"""GRPO with inverse rewards: roll out groups, read the actions back, reinforce what obeyed.
+
+A step: prompts are drawn; each is continued ``group_size`` times under its own real actions; the
+tokenizer draws the frames; the inverse dynamics model scores them; a rollout's advantage is its
+reward relative to its group; the policy is updated with a clipped objective and a KL penalty to
+the frozen base. All randomness of step i comes from (seed, i): a resumed run repeats it exactly.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlir import console
+from rlir.checkpoints import load_state, save_state
+from rlir.data.clips import Clips
+from rlir.errors import InputError, TrainingError
+from rlir.grpo.config import GrpoConfig
+from rlir.grpo.loss import LossStatistics, policy_loss
+from rlir.grpo.reward import InverseReward, Reward, draw
+from rlir.models.tokenizer import Tokenizer
+from rlir.models.world_model import WorldModel
+from rlir.ops import group_advantage
+from rlir.rollout.loop import Rollouts, inference_copy, rollout
+from rlir.tracing import span
+from rlir.training import STATE, InterruptedRun, interruptible, make_optimizer, step_generator
+
+Metrics = dict[str, float]
+
+
+class GrpoTrainer:
+    """Owns the policy, the frozen base, the optimizer and the curves."""
+
+    def __init__(
+        self,
+        config: GrpoConfig,
+        model: WorldModel,
+        tokenizer: Tokenizer,
+        reward: InverseReward,
+        clips: Clips,
+        codes: Tensor,
+    ):
+        self.config, self.tokenizer, self.reward = config, tokenizer, reward
+        self.clips, self.codes = clips, codes
+        self.starts = clips.starts(config.frames)
+        if len(self.starts) < config.prompts:
+            raise InputError(
+                f"grpo: {clips.directory} must hold at least {config.prompts} clips of "
+                f"{config.frames} frames, found {len(self.starts)}"
+            )
+        self.model = model
+        self.base = inference_copy(model)
+        self.optimizer = make_optimizer(model, config.learning_rate, 0.0, 0.95)
+        self.step = 0
+        self.seconds: dict[str, float] = {"rollout": 0.0, "reward": 0.0, "update": 0.0}
+        self.curves: list[Metrics] = []
+
+    # -- state ---------------------------------------------------------------------------------
+
+    def save(self, path: Path) -> None:
+        save_state(
+            path,
+            {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "step": self.step,
+                "seconds": self.seconds,
+                "curves": self.curves,
+                "config": asdict(self.config),
+            },
+        )
+
+    def load(self, path: Path) -> None:
+        state = load_state(path)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.curves = state["curves"]
+
+    # -- a step --------------------------------------------------------------------------------
+
+    def advantages(self, reward: Reward) -> Tensor:
+        """[B, T, 1], broadcast over a frame's tokens. Groups are consecutive rows."""
+        g = self.config.group_size
+        if self.config.credit == "trajectory":
+            return group_advantage(reward.frame.mean(1), group_size=g)[:, None, None]
+        per_frame = [group_advantage(column, group_size=g) for column in reward.frame.unbind(1)]
+        return torch.stack(per_frame, 1)[:, :, None]
+
+    def roll_out(self, generator: torch.Generator) -> tuple[Rollouts, Tensor, Reward, Tensor]:
+        """Rollouts, their commanded actions [B, T, F], their reward and the prompts' starts."""
+        config = self.config
+        picked = torch.randint(len(self.starts), (config.prompts,), generator=generator)
+        starts = self.starts[picked]
+        prompts = self.clips.clip(self.codes, starts, 1)[:, 0]
+        actions = self.clips.clip(self.clips.actions, starts, config.frames)[:, :-1]
+        begin = time.perf_counter()
+        rollouts = rollout(
+            inference_copy(self.model),
+            prompts,
+            actions,
+            group_size=config.group_size,
+            temperature=config.temperature,
+            generator=generator,
+        )
+        middle = time.perf_counter()
+        commanded = actions.repeat_interleave(config.group_size, 0)
+        reward = self.reward(draw(self.tokenizer, rollouts.codes), commanded)
+        self.seconds["rollout"] += middle - begin
+        self.seconds["reward"] += time.perf_counter() - middle
+        return rollouts, commanded, reward, starts
+
+    def _check_reward(self, reward: Reward, starts: Tensor) -> None:
+        bad = (~reward.frame.isfinite()).any(1).nonzero().flatten().tolist()
+        if bad:
+            start = int(starts[bad[0] // self.config.group_size])
+            recording = self.clips.recordings[int(self.clips.episode[start])]
+            first = int((self.clips.episode[:start] == self.clips.episode[start]).sum())
+            raise TrainingError(
+                f"step {self.step}: every reward must be finite, got NaN for rollout {bad[0]} of "
+                f"{recording.video.name} from frame {first}; state saved"
+            )
+
+    def _logprob(self, model: WorldModel, codes: Tensor, blocks: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(codes, blocks)
+        logits = logits / self.config.temperature
+        chosen = logits.gather(-1, codes[:, 1:, :, None])[..., 0]
+        return chosen - logits.logsumexp(-1)
+
+    def _supervised(self, generator: torch.Generator) -> Tensor:
+        config = self.config
+        n = (config.supervised_clips,)
+        starts = self.starts[torch.randint(len(self.starts), n, generator=generator)]
+        codes = self.clips.clip(self.codes, starts, config.frames)
+        actions = self.clips.clip(self.clips.actions, starts, config.frames)[:, :-1]
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = self.model(codes, self.model.action_ids(actions))
+        return F.cross_entropy(logits.flatten(0, 2), codes[:, 1:].flatten())
+
+    def _minibatch(
+        self, rows: Tensor, rollouts: Rollouts, blocks: Tensor, advantages: Tensor
+    ) -> LossStatistics:
+        """Accumulate the gradient of one minibatch, microbatch by microbatch."""
+        config, total = self.config, len(rows)
+        parts: list[tuple[float, LossStatistics]] = []
+        for part in rows.split(config.microbatch):
+            codes, share = rollouts.codes[part], len(part) / total
+            with torch.no_grad():
+                ref = self._logprob(self.base, codes, blocks[part])
+            loss, statistics = policy_loss(
+                self._logprob(self.model, codes, blocks[part]),
+                rollouts.logprob[part],
+                advantages[part],
+                ref,
+                clip_low=config.clip_low,
+                clip_high=config.clip_high,
+                kl_weight=config.kl_weight,
+            )
+            (loss * share).backward()
+            parts.append((share, statistics))
+        return LossStatistics(
+            kl=sum(w * s.kl for w, s in parts),
+            clip_fraction=sum(w * s.clip_fraction for w, s in parts),
+            ratio=sum(w * s.ratio for w, s in parts),
+        )
+
+    def train_step(self) -> Metrics:
+        """One step. Returns its metrics; raises TrainingError for a NaN reward or loss."""
+        config = self.config
+        generator = step_generator(config.seed, self.step)
+        self.model.eval()
+        rollouts, commanded, reward, starts = self.roll_out(generator)
+        self._check_reward(reward, starts)
+        begin = time.perf_counter()
+        advantages = self.advantages(reward)
+        blocks = self.model.action_ids(commanded)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate * min(1.0, (self.step + 1) / max(1, config.warmup))
+        order = torch.randperm(len(commanded), generator=generator)
+        statistics, norms = [], []
+        with span("update", len(commanded)):
+            for rows in order.chunk(config.minibatches):
+                self.optimizer.zero_grad(set_to_none=True)
+                statistics.append(self._minibatch(rows, rollouts, blocks, advantages))
+                if config.supervised_weight:
+                    (config.supervised_weight * self._supervised(generator)).backward()
+                parameters = self.model.parameters()
+                norm = float(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
+                if not math.isfinite(norm):
+                    raise TrainingError(
+                        f"step {self.step}: the gradient must be finite, got norm {norm}; "
+                        "state saved"
+                    )
+                self.optimizer.step()
+                norms.append(norm)
+        self.seconds["update"] += time.perf_counter() - begin
+        self.step += 1
+        n = len(statistics)
+        groups = reward.frame.mean(1).view(-1, config.group_size)
+        return {
+            "step": self.step,
+            "reward": float(reward.frame.mean()),
+            "reward_group_std": float(groups.std(1).mean()),
+            "kl": sum(s.kl for s in statistics) / n,
+            "clip_fraction": sum(s.clip_fraction for s in statistics) / n,
+            "ratio": sum(s.ratio for s in statistics) / n,
+            "entropy": float(rollouts.entropy.mean()),
+            "grad_norm": sum(norms) / n,
+        }
+
+    def run(
+        self,
+        out: Path,
+        on_step: Callable[[Metrics], Metrics | None] | None = None,
+        stop_after: int | None = None,
+    ) -> None:
+        """Train to ``config.steps``. ``on_step`` may add metrics (evaluations) to the curves.
+
+        Raises InterruptedRun after Ctrl-C and TrainingError for a NaN; the state is on disk in both
+        cases (of a failed step: as it was before it).
+        """
+        path, config = out / STATE, self.config
+        last = config.steps if stop_after is None else min(config.steps, self.step + stop_after)
+        with (
+            interruptible() as asked,
+            console.progress("post-training", config.steps, self.step) as bar,
+        ):
+            while self.step < last:
+                before = self._snapshot() if self.config.minibatches > 1 else None
+                try:
+                    metrics = self.train_step()
+                except TrainingError:
+                    if before is not None:
+                        self._restore(before)
+                    self.save(path)
+                    raise
+                if on_step and (extra := on_step(metrics)):
+                    metrics = {**metrics, **extra}
+                self.curves.append(metrics)
+                bar(self.step, f"reward {metrics['reward']:.3f} kl {metrics['kl']:.3f}")
+                due = self.step % config.checkpoint_every == 0 or self.step == last
+                if asked() or due:
+                    self.save(path)
+                if asked() and self.step < last:
+                    raise InterruptedRun
+
+    def _snapshot(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        return copy.deepcopy(self.model.state_dict()), copy.deepcopy(self.optimizer.state_dict())
+
+    def _restore(self, snapshot: tuple[dict[str, Any], dict[str, Any]]) -> None:
+        self.model.load_state_dict(snapshot[0])
+        self.optimizer.load_state_dict(snapshot[1])

@@ -64,7 +64,7 @@ DOOM_TINY = Preset(
     ),
     world_model=WorldModelTraining(
         model=_WORLD_MODEL,
-        fit=FitConfig(steps=3000, batch=16, learning_rate=1.5e-3, weight_decay=0.05),
+        fit=FitConfig(steps=2000, batch=16, learning_rate=1.5e-3, weight_decay=0.05),
     ),
     reward_idm=InverseDynamicsTraining(
         model=InverseDynamicsConfig(architecture="learned"),

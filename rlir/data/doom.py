@@ -5,6 +5,8 @@ depth buffer shows it, opens doors and frees itself when it is stuck. No monster
 a frame is what the player does, so the action can be read back off the video.
 """
 
+import re
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -36,6 +38,8 @@ TRAIN_MAPS = (
 )
 UNSEEN_MAPS = ("freedoom1:E1M4", "freedoom2:MAP09")
 
+
+LEVEL = re.compile(r"E\dM\d|MAP\d\d")
 
 Job = tuple[str, int, int, int, Path]  # map, episode, its seed, frames, folder
 
@@ -107,6 +111,15 @@ def _line(
     }
 
 
+def _lumps(wad: Path) -> set[str]:
+    """Every name in a WAD's directory; a level's is among them."""
+    with wad.open("rb") as file:
+        count, offset = struct.unpack("<4xii", file.read(12))
+        file.seek(offset)
+        names = (entry[8:] for (entry,) in struct.iter_unpack("16s", file.read(16 * count)))
+        return {name.rstrip(b"\0").decode("ascii", "replace") for name in names}
+
+
 def _make_game(map_name: str, seed: int) -> Any:
     try:
         import vizdoom
@@ -116,10 +129,13 @@ def _make_game(map_name: str, seed: int) -> Any:
         ) from None
     content, _, level = map_name.partition(":")
     config = Path(vizdoom.scenarios_path) / f"{content}.cfg"
-    if not level or not config.exists():
+    wad = Path(vizdoom.__file__).with_name(f"{content}.wad")
+    if not LEVEL.fullmatch(level) or not config.exists() or not wad.exists():
         raise InputError(
             f"record doom: a map must read freedoom1:E1M5 or freedoom2:MAP04, got {map_name!r}"
         )
+    if level not in _lumps(wad):  # the game would wait for it for ever
+        raise InputError(f"record doom: map {map_name!r} must exist, {wad.name} has none")
     game = vizdoom.DoomGame()
     game.load_config(str(config))
     game.set_window_visible(False)
@@ -198,9 +214,9 @@ def record_episode(map_name: str, episode: int, seed: int, frames: int, out: Pat
                 play.left_right == 2,
                 bool(play.attack),
                 bool(play.use),
-                True,
+                True,  # run
             ]
-            game.make_action([*(float(k) for k in keys), 1.0, turn], TICS_PER_STEP)
+            game.make_action([*(float(k) for k in keys), turn], TICS_PER_STEP)
     finally:
         game.close()
     name = _stem(map_name, episode, seed)

@@ -41,12 +41,25 @@ def _intervals(change: Gain) -> list[list[float]]:
 
 
 def percent(x: float | None) -> str:
-    return "n/a" if x is None else f"{100 * x:+.1f}%"
+    """``+7.5%``; what rounds to nothing has no sign."""
+    if x is None:
+        return "n/a"
+    text = f"{100 * x:+.1f}%"
+    return "0.0%" if text in ("+0.0%", "-0.0%") else text
 
 
-def describe(change: Gain, digits: int = 3) -> str:
+def figure(x: float, digits: int | None = 3) -> str:
+    """A figure to that many decimals, or (None) to three significant digits."""
+    if digits is not None:
+        return f"{x:.{digits}f}"
+    if abs(x) < 5e-5:
+        return "0"
+    return f"{x:.0f}" if abs(x) >= 100 else f"{x:#.3g}"
+
+
+def describe(change: Gain, digits: int | None = 3) -> str:
     """``0.482 -> 0.518, +7.5% (95% interval +3.1% to +11.9%)``."""
-    text = f"{change['before']:.{digits}f} -> {change['after']:.{digits}f}"
+    text = f"{figure(change['before'], digits)} -> {figure(change['after'], digits)}"
     if change["relative"] is not None:
         text += f", {percent(change['relative'])}"
     if change["ci95"] is not None:
@@ -156,7 +169,7 @@ def _quality_warnings(gain: Mapping[str, Gain]) -> list[str]:
     for idm, name in (("judge", "the judge's"), ("reward", "the reward model's")):
         change = gain[f"frechet_{idm}_idm"]
         if rises(change) and (change["relative"] or 0) > FRECHET_ROSE:
-            drifted.append(f"in {name} features {describe(change, 2)}")
+            drifted.append(f"in {name} features {describe(change, None)}")
     if drifted:
         out.append(
             f"{WARNING}the video drifts away from real video. Fréchet distance "
@@ -179,6 +192,7 @@ def _quality_held(gain: Mapping[str, Gain]) -> str:
     psnr, frechet, motion = gain["psnr"], gain["frechet_judge_idm"], gain["motion"]
     return (
         f"Picture quality held: PSNR {psnr['before']:.2f} -> {psnr['after']:.2f} dB, Fréchet "
-        f"distance in the judge's features {frechet['before']:.2f} -> {frechet['after']:.2f}, "
+        f"distance in the judge's features {figure(frechet['before'], None)} -> "
+        f"{figure(frechet['after'], None)}, "
         f"motion {motion['before']:.2f} -> {motion['after']:.2f} of real video's."
     )

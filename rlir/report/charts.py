@@ -46,6 +46,14 @@ def _ticks(low: float, high: float, count: int = 4) -> list[float]:
     return [i * step for i in range(first, last + 1)]
 
 
+def _tick_text(tick: float, step: float) -> str:
+    """As many digits as tell neighbours apart."""
+    if abs(tick) < step / 2:
+        return "0"
+    decimals = math.ceil(-math.log10(step) - 1e-9) + (f"{step:.1e}"[:3] == "2.5")
+    return f"{tick:.{max(decimals, 0)}f}" if -2 < decimals < 6 else f"{tick:.4g}"
+
+
 def _svg(
     width: float, height: float, parts: Sequence[str], label: str, *, fixed: bool = False
 ) -> Markup:
@@ -95,7 +103,10 @@ def curve_chart(name: str, curve: Curve) -> Markup:
     if not points:
         return Markup("")
     width, height, left, right, top, bottom = 330, 178, 44, 12, 28, 22
-    ticks = _ticks(min(v for _, v in points), max(v for _, v in points), 3)
+    low, high = min(v for _, v in points), max(v for _, v in points)
+    if high - low < 1e-3 * abs(high):  # not to magnify rounding errors
+        low, high = low - 0.01 * abs(low), high + 0.01 * abs(high)
+    ticks = _ticks(low, high, 3)
     steps = [s for s, _ in points]
     span = (max(steps) - min(steps)) or 1
 
@@ -111,7 +122,8 @@ def curve_chart(name: str, curve: Curve) -> Markup:
     parts.append(_text(width - right, 12, f"{points[-1][1]:.4g}", anchor="end", cls="t value"))
     for tick in ticks:
         parts.append(_line(left, y(tick), width - right, y(tick), "grid"))
-        parts.append(_text(left - 6, y(tick) + 3.5, f"{tick:.4g}", anchor="end", cls="t small"))
+        label = _tick_text(tick, ticks[1] - ticks[0])
+        parts.append(_text(left - 6, y(tick) + 3.5, label, anchor="end", cls="t small"))
     for step in sorted({steps[0], steps[-1]}):
         anchor = "end" if step == steps[-1] and len(steps) > 1 else "start"
         parts.append(_text(x(step), height - 6, f"step {step:g}", anchor=anchor, cls="t small"))

@@ -24,7 +24,7 @@ _TILES = (
     Row("judge_reward", "Reward, judge"),
     Row("judge_camera_l1", "Camera error, judge", 2, "down"),
     Row("reward_reward", "Reward"),
-    Row("frechet_judge_idm", "Fréchet distance, judge", 2, "down"),
+    Row("frechet_judge_idm", "Fréchet, judge", None, "down"),
 )
 _DOTS = (
     Row("judge_f1_macro", "F1, judge"),
@@ -39,7 +39,7 @@ _CHANGES = (
     Row("reward_camera_l1", "camera error, reward model", 2, "down"),
     Row("psnr", "PSNR", 2),
     Row("ssim", "SSIM"),
-    Row("frechet_judge_idm", "Fréchet distance, judge", 2, "down"),
+    Row("frechet_judge_idm", "Fréchet distance, judge", None, "down"),
     Row("motion", "motion", 2, "one"),
     Row("brightness", "brightness", 2, "one"),
 )
@@ -117,6 +117,14 @@ def _heat(report: Mapping[str, Any]) -> list[tuple[str, list[Markup]]]:
     ]
 
 
+def _seconds(seconds: Mapping[str, float | None]) -> list[tuple[str, bool, float, float]]:
+    """Name, whether it is a part of a stage, seconds, share of the longest. The total is last."""
+    spent = {name: value for name, value in seconds.items() if value is not None}
+    longest = max(spent.values(), default=0.0) or 1.0
+    names = sorted(spent, key=lambda name: name == "total")
+    return [(n.split(".")[-1], "." in n, spent[n], spent[n] / longest) for n in names]
+
+
 def _environment(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     out = []
     for name, value in report["environment"].items():
@@ -162,7 +170,7 @@ def render_html(report: Mapping[str, Any], clips: Sequence[ClipPanel] = ()) -> s
         maps=_maps(report),
         sweep_names=list(sweep[0]) if sweep else [],
         environment=_environment(report),
-        longest=max([1e-9, *(v for v in report["seconds"].values() if v is not None)]),
+        seconds=_seconds(report["seconds"]),
         sections=tables.sections,
         models=tables.models,
         titles=tables.TITLES,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rlir.evaluation.summary import interval_of, value_of
-from rlir.evaluation.verdict import falls, percent, rises
+from rlir.evaluation.verdict import falls, figure, percent, rises
 
 Tone = Literal["good", "bad", "even"]
 
@@ -27,7 +27,8 @@ class Row:
 
     key: str
     label: str
-    digits: int = 3
+    digits: int | None = 3
+    """Decimals; three significant digits if None."""
     better: Literal["up", "down", "one"] = "up"
 
     @property
@@ -35,7 +36,7 @@ class Row:
         return {"up": "↑", "down": "↓", "one": "→1"}[self.better]
 
     def format(self, value: float | None) -> str:
-        return "-" if value is None else f"{value:.{self.digits}f}"
+        return "-" if value is None else figure(value, self.digits)
 
 
 def _following(idm: str) -> tuple[Row, ...]:
@@ -52,8 +53,8 @@ def _following(idm: str) -> tuple[Row, ...]:
 _PICTURE = (
     Row("psnr", "PSNR, dB", 2),
     Row("ssim", "SSIM"),
-    Row("frechet_judge_idm", "Fréchet distance, judge", 2, "down"),
-    Row("frechet_reward_idm", "Fréchet distance, reward model", 2, "down"),
+    Row("frechet_judge_idm", "Fréchet distance, judge", None, "down"),
+    Row("frechet_reward_idm", "Fréchet distance, reward model", None, "down"),
     Row("motion", "motion, of real video's", 2, "one"),
     Row("brightness", "brightness, of real video's", 2, "one"),
 )
@@ -100,8 +101,8 @@ def change_text(change: Mapping[str, Any] | None) -> str:
         return "-"
     text = percent(change["relative"])
     if change["ci95"] is not None:
-        low, high = (100 * x for x in change["ci95"])
-        text += f" ({low:+.1f} to {high:+.1f})"
+        low, high = (percent(x).removesuffix("%") for x in change["ci95"])
+        text += f" ({low} to {high})"
     return text
 
 

@@ -17,7 +17,7 @@ from rlir.evaluation.summary import (
     summarise,
     value_of,
 )
-from rlir.evaluation.verdict import WARNING, verdict
+from rlir.evaluation.verdict import WARNING, figure, percent, verdict
 
 CLIPS, ACTIONS, FEATURES = 48, 5, 6
 NOT_SHOWN = "That the post-trained model follows its actions better is not shown"
@@ -187,3 +187,16 @@ def test_verdict_against_the_control(base):
     post = scored(0.8, 0.8, seed=1)
     assert warned(sentences(base, post, control=strong), "does as well or better")
     assert any("Against the control" in s for s in sentences(base, post, control=weak))
+
+
+@pytest.mark.parametrize(
+    ("x", "digits", "text"),
+    [(0.12345, 3, "0.123"), (38.64, None, "38.6"), (231.4, None, "231"), (0.00649, None, "0.00649"),
+     (3e-13, None, "0")],
+)  # fmt: skip
+def test_figures_for_people(x, digits, text):
+    assert figure(x, digits) == text
+
+
+def test_percent_for_people():
+    assert [percent(x) for x in (0.0749, -0.2, -1e-5, None)] == ["+7.5%", "-20.0%", "0.0%", "n/a"]

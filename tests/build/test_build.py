@@ -64,8 +64,9 @@ def test_libraries_hold_no_paths_of_this_machine(built: Built) -> None:
 def test_wheel_holds_the_package_and_nothing_else(built: Built) -> None:
     with zipfile.ZipFile(built.wheel) as wheel:
         names = set(wheel.namelist())
-    python = {str(p.relative_to(ROOT)) for p in (ROOT / "rlir").rglob("*.py")}
-    assert python <= names
+    sources = {p for p in (ROOT / "rlir").rglob("*") if p.is_file() and p.suffix != ".so"}
+    sources = {p for p in sources if "__pycache__" not in p.parts}
+    assert {str(p.relative_to(ROOT)) for p in sources} <= names
     assert {"rlir/py.typed", "rlir/_build_info.pyi"} <= names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"rlir"}
 

@@ -5,6 +5,7 @@ import io
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -165,9 +166,9 @@ def parse(command: type[T], arguments: Sequence[str], prog: str, default: T | No
 
 def _unboxed(box: str) -> str:
     """The first paragraph of a box that tyro draws around an error, as one line."""
-    rows = [row.strip("│| ") for row in box.splitlines()[1:-1]]
-    rule = next((i for i, row in enumerate(rows) if row and not row.strip("─-")), len(rows))
-    return " ".join(row for row in rows[:rule] if row)
+    rows = [row.strip(" │╰╯") for row in box.splitlines()[1:]]  # without the title
+    paragraphs = groupby((row for row in rows if row), key=lambda row: not row.strip("─-"))
+    return next((" ".join(lines) for rule, lines in paragraphs if not rule), "bad arguments")
 
 
 def _option(arguments: Sequence[str], name: str, default: str) -> str:
@@ -252,8 +253,9 @@ def run_pretrain(arguments: Sequence[str]) -> None:
         _threads(w.threads)
         stages.pretrain_world_model(w.training, w.data, w.tokenizer, w.out, w.resume)
     elif stage == "idm":
-        role: Any = _option(rest, "--role", "reward")
-        training = chosen.judge_idm if role == "judge" else chosen.reward_idm
+        judge = _option(rest, "--role", "reward") == "judge"
+        training = chosen.judge_idm if judge else chosen.reward_idm
+        role: Literal["reward", "judge"] = "judge" if judge else "reward"
         idm = PretrainIdm(REQUIRED, REQUIRED, REQUIRED, training, role, name)
         i = parse(PretrainIdm, rest, prog, idm)
         _threads(i.threads)

@@ -98,7 +98,7 @@ def same(a: object, b: object) -> bool:
 
 
 def bytes_of(x: Tensor) -> bytes:
-    return x.detach().contiguous().view(torch.uint8).numpy().tobytes() if x.numel() else b""
+    return x.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 MAIN = "from rlir.cli import main; main()"

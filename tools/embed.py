@@ -1,4 +1,4 @@
-"""Embed trained models in the package: bf16 safetensors, sizes checked, their figures listed.
+"""Embed trained models in the package, small: the world model as int8 rows, the others as bf16.
 
 python tools/embed.py runs/pretrain
 """
@@ -32,11 +32,13 @@ def main() -> None:
         model = load(source)
         info = read_json(source / CONFIG)["info"]
         shutil.rmtree(to, ignore_errors=True)
-        save_model(to, model, kind, model.config, dtype=torch.bfloat16, info=info)
+        dtype = torch.int8 if name == "world-model" else torch.bfloat16
+        save_model(to, model, kind, model.config, dtype=dtype, info=info)
         size = (to / WEIGHTS).stat().st_size
         total += size
         last = json.dumps(info["history"][-1])
         count = sum(p.numel() for p in model.parameters())
+        model = load(to)
         print(f"{name}: {fingerprint(model)}, {count / 1e6:.2f} M parameters, {size} bytes, {last}")
     print(f"{total / 2**20:.2f} MiB in all")
     if total > LIMIT:

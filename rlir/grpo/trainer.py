@@ -234,12 +234,11 @@ class GrpoTrainer:
             console.progress("post-training", config.steps, self.step) as bar,
         ):
             while self.step < last:
-                before = self._snapshot() if self.config.minibatches > 1 else None
+                before = self._snapshot()
                 try:
                     metrics = self.train_step()
                 except TrainingError:
-                    if before is not None:
-                        self._restore(before)
+                    self._restore(before)
                     self.save(path)
                     raise
                 if on_step and (extra := on_step(metrics)):

@@ -87,7 +87,6 @@ def _forward(model: WorldModel, x: Tensor, caches: list[Cache], start: int) -> T
     return x
 
 
-@torch.inference_mode()
 def rollout(
     policy: WorldModel,
     prompts: Tensor,
@@ -116,7 +115,16 @@ def rollout(
             f"rollout: prompts must have {config.tokens} tokens and clips at most "
             f"{config.frames} frames, got {s} and {length}"
         )
-    with span("rollout", b):
+    if len(actions) != p:
+        raise InputError(
+            f"rollout: prompts must each have an action sequence, got {p} and {len(actions)}"
+        )
+    if p and not 0 <= int(prompts.min()) <= int(prompts.max()) < config.codes:
+        raise InputError(
+            f"rollout: codes must be from 0 and below {config.codes}, "
+            f"got {int(prompts.min())} to {int(prompts.max())}"
+        )
+    with span("rollout", b), torch.inference_mode():
         blocks = policy.action_ids(actions)
         dtype = policy.lm_head.weight.dtype
         dim = config.hidden // config.heads
@@ -136,7 +144,8 @@ def rollout(
         for t in range(1, length):
             with span("rollout.frame", b * s):
                 _frame(policy, caches, codes, blocks, logprob, entropy, t, temperature, generator)
-        return Rollouts(codes.clone(), logprob.clone(), entropy.clone())
+    # Copied outside of inference mode: autograd takes no tensor that was made in it.
+    return Rollouts(codes.clone(), logprob.clone(), entropy.clone())
 
 
 def _frame(

@@ -14,9 +14,7 @@ DOOM_YAW = DOOM.axes[0]
 MINEWORLD = CameraAxis("pitch", source="dy", max_degrees=90.0, mu=11.4887, size=21)
 VPT = CameraAxis("yaw", source="dx", max_degrees=10.0, mu=10.0, size=11)
 AXES = [DOOM_YAW, MINEWORLD, VPT]
-WIDE = ActionSpace(
-    "wide", (MINEWORLD, VPT), (*DOOM.groups, KeyGroup("hotbar", tuple("123456789")))
-)
+WIDE = ActionSpace("wide", (MINEWORLD, VPT), (*DOOM.groups, KeyGroup("hotbar", tuple("123456789"))))
 SPACES = [DOOM, WIDE]
 
 axes = pytest.mark.parametrize("axis", AXES, ids=lambda a: f"{a.max_degrees:g}x{a.size}")

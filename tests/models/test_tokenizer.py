@@ -61,8 +61,8 @@ def test_codes_stand_in_raster_order() -> None:
     change = (model.decode(codes) - model.decode(other)).abs()[0].sum(0)
     assert float(change[:16, -24:].max()) == float(change.max())
     # Elsewhere only the normalisation over the whole picture changes a little.
-    assert float(change[24:].max()) < 0.1 * float(change.max())
-    assert float(change[:, :60].max()) < 0.1 * float(change.max())
+    assert float(change[40:].max()) < 0.1 * float(change.max())
+    assert float(change[:, :40].max()) < 0.1 * float(change.max())
 
 
 def test_gradients_pass_the_quantiser() -> None:

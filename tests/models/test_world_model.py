@@ -62,9 +62,7 @@ def test_a_token_changes_nothing_before_itself(frame: int, slot: int, seed: int)
 
 @settings(max_examples=40)
 @given(step=st.integers(0, L - 2), factor=st.integers(0, 3), seed=st.integers(0, 99))
-def test_an_action_changes_its_frame_and_nothing_before(
-    step: int, factor: int, seed: int
-) -> None:
+def test_an_action_changes_its_frame_and_nothing_before(step: int, factor: int, seed: int) -> None:
     model = stirred(WorldModel(WORLD_MODEL)).eval()
     codes, actions = inputs(seed)
     other = actions.clone()

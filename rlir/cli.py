@@ -21,6 +21,8 @@ presets: doom-tiny (the demo, minutes), doom (up to an hour), doom-smoke (second
 
 rlir COMMAND --help says more. Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted."""
 
+AGAIN = "the same command goes on, with --resume if it takes that"
+
 COMMANDS = ("post-train", "evaluate", "pretrain", "record", "doctor")
 
 
@@ -53,10 +55,10 @@ def run(arguments: Sequence[str]) -> int:
     except OSError as error:
         what = error.strerror or str(error)
         where = f" ({error.filename})" if error.filename else ""
-        console.say(f"rlir {name}: {what}{where}; what was saved before is whole, use --resume")
+        console.say(f"rlir {name}: {what}{where}; what was saved before is whole: {AGAIN}")
         return 1
     except (InterruptedRun, KeyboardInterrupt):
-        console.say(f"rlir {name}: interrupted; the same command with --resume goes on")
+        console.say(f"rlir {name}: interrupted; {AGAIN}")
         return 130
     return 0
 

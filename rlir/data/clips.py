@@ -50,9 +50,13 @@ class Clips:
     def pick(self, count: int, length: int, seed: int) -> Tensor:
         """``count`` clip starts, spread over all episodes, that do not share a frame."""
         generator = torch.Generator().manual_seed(seed)
-        offset = int(torch.randint(length, (), generator=generator))
-        starts = self.starts(length)
-        starts = starts[(starts % length) == offset]
+        first, frames = np.unique(self.episode, return_index=True, return_counts=True)[1:]
+        rows = []
+        for begin, n in zip(first.tolist(), frames.tolist(), strict=True):
+            spare = n % length  # what whole clips leave over, put before the first of them
+            offset = int(torch.randint(spare + 1, (), generator=generator))
+            rows.append(begin + offset + length * torch.arange(n // length))
+        starts = torch.cat(rows)
         if len(starts) < count:
             raise InputError(
                 f"data: {self.directory} must hold {count} clips of {length} frames that share "
@@ -115,6 +119,14 @@ def _key(recordings: list[Recording], space: ActionSpace, height: int, width: in
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
+def _current(cache: Path, key: str) -> bool:
+    """Whether a cache is there and is of these files."""
+    try:
+        return bool(read_json(cache / "key.json") == key)
+    except InputError:
+        return False
+
+
 def open_clips(
     directory: Path,
     space: ActionSpace,
@@ -129,7 +141,7 @@ def open_clips(
     recordings = find_recordings(directory)
     cache = directory / f"cache-{height}x{width}"
     key = _key(recordings, space, height, width)
-    if not (cache / "key.json").exists() or read_json(cache / "key.json") != key:
+    if not _current(cache, key):
         _decode(recordings, cache, key, space, (height, width), progress)
     frames = np.load(cache / "frames.npy", mmap_mode="r")
     actions = torch.from_numpy(np.load(cache / "actions.npy").astype(np.int64))
@@ -173,11 +185,11 @@ def _decode(
         lengths = [len(a) for a in actions]
         np.save(temporary / "episode.npy", np.repeat(np.arange(len(actions)), lengths))
         write_json(temporary / "key.json", key)
-        shutil.rmtree(cache, ignore_errors=True)
-        os.replace(temporary, cache)
-    except BaseException:
+        if not _current(cache, key):  # another process may have been faster
+            shutil.rmtree(cache, ignore_errors=True)
+            os.replace(temporary, cache)
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def require_disjoint(**sets: Clips) -> None:

@@ -234,6 +234,11 @@ def episode_seed(seed: int, episode: int) -> int:
     return int(np.random.SeedSequence([seed, episode]).generate_state(1)[0] >> 1)
 
 
+def episode_names(episodes: int, seed: int, maps: tuple[str, ...]) -> list[str]:
+    """The names of a session's files."""
+    return [_stem(maps[i % len(maps)], i, episode_seed(seed, i)) for i in range(episodes)]
+
+
 def record(
     out: Path,
     episodes: int,
@@ -257,11 +262,11 @@ def record(
         raise InputError(f"record: {out} must be a folder, it is a file")
     out.mkdir(parents=True, exist_ok=True)
     jobs: list[Job] = []
-    for episode in range(episodes):
-        map_name, of_episode = maps[episode % len(maps)], episode_seed(seed, episode)
+    for episode, name in enumerate(episode_names(episodes, seed, maps)):
         # The jsonl is written last: where it stands, the episode is whole.
-        if not (out / f"{_stem(map_name, episode, of_episode)}.jsonl").exists():
-            jobs.append((map_name, episode, of_episode, frames, out))
+        if not (out / f"{name}.jsonl").exists():
+            of_episode = episode_seed(seed, episode)
+            jobs.append((maps[episode % len(maps)], episode, of_episode, frames, out))
     done, written = episodes - len(jobs), 0
     if not jobs:
         return 0

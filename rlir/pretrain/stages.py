@@ -15,7 +15,7 @@ from rlir import console
 from rlir.actions.space import action_space
 from rlir.checkpoints import CONFIG, fingerprint, save_model
 from rlir.data.clips import Clips, Progress, open_clips, require_disjoint
-from rlir.data.doom import record
+from rlir.data.doom import episode_names, record
 from rlir.models.load import load_tokenizer
 from rlir.presets import Preset, Recording
 from rlir.pretrain.idm import InverseDynamicsTask, InverseDynamicsTraining, reconstructions
@@ -38,7 +38,11 @@ def progress(name: str) -> Progress:
 
 
 def record_set(directory: Path, recording: Recording, workers: int = 2) -> None:
-    """Record one set of episodes, or what is missing of it."""
+    """Record one set of episodes, or what is missing of it; other recordings stay by themselves."""
+    ours = episode_names(recording.episodes, recording.seed, recording.maps)
+    if others := sorted({path.stem for path in directory.glob("*.jsonl")} - set(ours)):
+        console.say(f"{directory} holds recordings such as {others[0]}: nothing is added to them")
+        return
     update = progress(f"recording {directory.name}")
     record(
         directory,

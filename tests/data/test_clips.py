@@ -191,6 +191,28 @@ def test_an_interrupted_decode_leaves_the_good_cache_of_the_old_files(data: Path
     np.testing.assert_array_equal(open_clips(data, DOOM, *SIZE).frames, before)
 
 
+def test_a_cache_whose_key_is_broken_is_made_anew(data: Path) -> None:
+    before = open_clips(data, DOOM, *SIZE)
+    (before.cache / "key.json").write_text("{")
+    np.testing.assert_array_equal(open_clips(data, DOOM, *SIZE).frames, before.frames)
+
+
+def test_two_processes_may_decode_the_same_data(data: Path, tmp_path: Path) -> None:
+    """One that comes second finds the other's cache in its place, and keeps it."""
+    done = open_clips(data, DOOM, *SIZE).cache
+    other = Path(shutil.move(done, tmp_path / "other"))
+
+    def overtake(at: int, total: int) -> None:
+        if at == total:
+            shutil.copytree(other, done)
+            (done / "mark").touch()
+
+    clips = open_clips(data, DOOM, *SIZE, overtake)
+    assert len(clips.frames) == 41
+    assert (clips.cache / "mark").exists()
+    assert [p.name for p in data.glob("*cache*")] == [done.name]
+
+
 def small_disk(path: Path, size: int) -> None:
     done = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)],

@@ -17,6 +17,8 @@ from rlir.errors import InputError
 FRAMES = 40
 MAPS = ("freedoom1:E1M6", "freedoom2:MAP04")
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def played(tmp_path_factory: pytest.TempPathFactory) -> Path:

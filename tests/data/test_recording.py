@@ -244,10 +244,15 @@ def test_a_video_with_other_bytes_is_read_or_named(
     for where, value in changes:
         raw[int(where * len(raw))] = value
     path.write_bytes(raw)
+    shape, text = None, ""
     try:
-        assert read_video(path, *SIZE).shape[1:] == (*SIZE, 3)
+        shape = read_video(path, *SIZE).shape
     except InputError as error:
-        assert path.name in one_line(str(error))
+        text = str(error)
+    if shape is None:
+        assert path.name in one_line(text)
+    else:
+        assert shape[1:] == (*SIZE, 3)
 
 
 @pytest.fixture

@@ -74,6 +74,8 @@ DOOM_TINY = Preset(
         model=InverseDynamicsConfig(architecture="fixed"),
         fit=FitConfig(steps=3500, batch=24, learning_rate=8e-4, seed=2),
     ),
+    grpo=GrpoConfig(steps=40, learning_rate=2e-4),
+    control=ControlConfig(steps=300, learning_rates=(1e-4, 3e-4, 1e-3)),
     pretraining_data=_PRETRAINING_DATA,
     post_training_data=_POST_TRAINING_DATA,
 )
@@ -83,7 +85,7 @@ DOOM = Preset(
     world_model=DOOM_TINY.world_model,
     reward_idm=DOOM_TINY.reward_idm,
     judge_idm=DOOM_TINY.judge_idm,
-    grpo=GrpoConfig(steps=500),
+    grpo=GrpoConfig(steps=320, learning_rate=2e-4),
     evaluation=EvaluationConfig(during_every=50),
     pretraining_data=_PRETRAINING_DATA,
     post_training_data={

@@ -1,6 +1,7 @@
 """What the commands print: one stream for people, with progress and time left."""
 
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
@@ -54,8 +55,15 @@ def progress(name: str, total: int, completed: int = 0) -> Iterator[Update]:
     )
     with Progress(*columns, console=_console, disable=not _console.is_terminal) as bar:
         task = bar.add_task(name, total=total, completed=completed, note="")
+        begin, said = time.monotonic(), completed * 10 // max(total, 1)
 
         def update(done: int, note: str = "") -> None:
+            nonlocal said
             bar.update(task, completed=done, note=note)
+            tenth = done * 10 // max(total, 1)
+            if not _console.is_terminal and tenth > said:  # a log gets a line at each tenth
+                said = tenth
+                left = (time.monotonic() - begin) / max(done - completed, 1) * (total - done)
+                say(f"{name}: {done} of {total}, {left:.0f} s left  {note}")
 
         yield update

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from testkit import SIZE, write_recording
+from testkit import SIZE, environment, write_recording
 
 from rlir.actions.space import DOOM
 from rlir.data import clips as clips_module
@@ -71,6 +72,7 @@ def test_picked_clips_share_no_frame_and_depend_on_the_seed_alone(
         except InputError:
             break
         most += 1
+    assert most == sum(n // length for n in [8, *lengths]), "no episode's frames are wasted"
     assert torch.equal(picked, clips.pick(most, length, seed))
     frames = (picked[:, None] + torch.arange(length)).flatten().tolist()
     assert len(set(frames)) == len(frames) == most * length
@@ -213,28 +215,37 @@ def test_two_processes_may_decode_the_same_data(data: Path, tmp_path: Path) -> N
     assert [p.name for p in data.glob("*cache*")] == [done.name]
 
 
-def small_disk(path: Path, size: int) -> None:
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)],
-        capture_output=True,
-        check=False,
-    )
-    if done.returncode:
+@pytest.fixture
+def small_disk(recorded: Path, tmp_path: Path) -> Iterator[Path]:
+    """The recordings on a disk that has no room for the 94 kB of their frames."""
+    size = sum(path.stat().st_size for path in recorded.iterdir()) + 2**16
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("mounting a small disk takes rights that this user does not have")
-
-
-def test_a_full_disk_is_an_error_and_not_the_end_of_the_process(
-    recorded: Path, tmp_path: Path
-) -> None:
-    files = sum(path.stat().st_size for path in recorded.iterdir())
-    small_disk(tmp_path, files + 2**16)  # room for the files and not for 94 kB of frames
     try:
-        shutil.copytree(recorded, tmp_path / "data")
-        with pytest.raises(OSError, match="No space left"):
-            open_clips(tmp_path / "data", DOOM, *SIZE)
-        assert not list((tmp_path / "data").glob("*cache*"))
+        yield Path(shutil.copytree(recorded, tmp_path / "data"))
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_full_disk_is_an_error_and_not_the_end_of_the_process(small_disk: Path) -> None:
+    """In a process of its own: what writes to a memory map without room is killed (SIGBUS)."""
+    program = f"""
+from pathlib import Path
+from rlir.actions.space import DOOM
+from rlir.data.clips import open_clips
+open_clips(Path({str(small_disk)!r}), DOOM, *{SIZE})
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr.splitlines()[-1]
+    assert not list(small_disk.glob("*cache*"))
 
 
 # -- derived arrays, sets ----------------------------------------------------------------------

@@ -169,7 +169,7 @@ class Run:
         keys = ("reward_reward", "judge_reward", "judge_f1_macro", "motion", "psnr", "brightness")
         found = {f"eval_{key}": value_of(summary, key) for key in keys}
         figures = {key: value for key, value in found.items() if value is not None}
-        console.say(f"step {console.figures(figures)}")
+        console.say(f"evaluated: {console.figures(figures)}")
         return figures
 
     def stored(self, name: str) -> Any:

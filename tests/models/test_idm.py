@@ -99,22 +99,26 @@ def test_the_whole_clip_is_seen(idm: InverseDynamics) -> None:
     assert not torch.allclose(idm.features(x)[:, 0], idm.features(other)[:, 0], atol=1e-7)
 
 
+def walls(seeds: range) -> tuple[Tensor, Tensor]:
+    """Walls that scroll, then the same with time turned round, and the class of their turns."""
+    clips = to_unit(torch.stack([torch.from_numpy(picture(3, seed, *SIZE)) for seed in seeds]))
+    turns = torch.tensor([0] * len(clips) + [10] * len(clips))
+    return torch.cat([clips, clips.flip(1)]), turns[:, None].expand(-1, 2)
+
+
 def test_it_learns_to_tell_left_from_right(idm: InverseDynamics) -> None:
-    """A few steps on a scrolling wall: the architectures can see motion."""
+    """Some steps, each on other walls, and walls it never saw: the architectures see motion."""
     idm.requires_grad_(True).train()
     optimizer = torch.optim.AdamW(idm.parameters(), lr=3e-3)
-    clips = to_unit(torch.stack([torch.from_numpy(picture(4, s, *SIZE)) for s in range(8)]))
-    x = torch.cat([clips, clips.flip(1)])  # time turned round: the other direction
-    truth = torch.tensor([0] * 8 + [10] * 8)[:, None].expand(16, 3)
-    for _ in range(20):
-        yaw = idm(x)[0]
-        loss = torch.nn.functional.cross_entropy(yaw.flatten(0, 1), truth.flatten())
+    for step in range(30):
+        clips, turns = walls(range(16 * step, 16 * step + 16))
+        yaw = idm(clips)[0]
+        loss = torch.nn.functional.cross_entropy(yaw.flatten(0, 1), turns.flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    unseen = to_unit(torch.stack([torch.from_numpy(picture(4, s, *SIZE)) for s in (20, 21)]))
-    found = idm.eval()(torch.cat([unseen, unseen.flip(1)]))[0].argmax(-1)
-    assert float((found == truth[[0, 1, 8, 9]]).float().mean()) > 0.9
+    clips, turns = walls(range(5000, 5008))
+    assert float((idm.eval()(clips)[0].argmax(-1) == turns).float().mean()) > 0.85
 
 
 def test_the_two_architectures_share_no_layer() -> None:

@@ -175,8 +175,10 @@ class Run:
     def stored(self, name: str) -> Any:
         """A part of the figures stored with the embedded base; None for another base."""
         path = EMBEDDED / "control.json"
-        ours = self.command.base is None and path.exists()
-        return read_json(path).get(name) if ours else None
+        if self.command.base is not None or not path.exists():
+            return None
+        stored = read_json(path)
+        return stored.get(name) if stored["base"] == fingerprint(self.models.world_model) else None
 
     def control(self) -> dict[str, Any] | None:
         """Figures of continued pretraining: stored with the embedded base, or run now."""

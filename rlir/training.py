@@ -1,7 +1,7 @@
 """The loop of supervised training: seeded batches, cosine schedule, exact resume, clean Ctrl-C.
 
-The batch of step i is drawn from a generator seeded by i, so the data order needs no state: a
-resumed run sees what an uninterrupted one would have seen, and ends in the same bits.
+The batch of step i is drawn from a generator seeded by (seed, i), so the data order needs no
+state: a resumed run sees what an uninterrupted one would have seen, and ends in the same bits.
 """
 
 import math
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +51,10 @@ class FitConfig:
     """AdamW's second moment decay."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW for all, or Muon for the matrices of a transformer's layers and AdamW for the rest."""
     seed: int = 0
-    """Seeds the weights; the order of the data is the same for all."""
+    """Seeds the weights and the order of the data."""
     evaluate_every: int = 500
     """Steps between evaluations on held-out data."""
     checkpoint_every: int = 250
@@ -84,6 +86,57 @@ def learning_rate(config: FitConfig, step: int) -> float:
     cosine = 0.5 * (1 + math.cos(math.pi * step / max(1, config.steps)))
     return (
         config.learning_rate * warm * (config.final_fraction + (1 - config.final_fraction) * cosine)
+    )
+
+
+class Optimizers:
+    """Several optimizers that step as one, each over parameters of its own."""
+
+    def __init__(self, *parts: torch.optim.Optimizer):
+        self.parts = parts
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {str(i): part.state_dict() for i, part in enumerate(self.parts)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for i, part in enumerate(self.parts):
+            part.load_state_dict(state[str(i)])
+
+
+def make_muon(
+    model: nn.Module, learning_rate: float, weight_decay: float, beta2: float
+) -> Optimizers:
+    """Muon for the matrices within ``model.layers``, AdamW for everything else.
+
+    Muon orthogonalises each matrix's momentum (https://kellerjordan.github.io/posts/muon); its
+    step is scaled to AdamW's, so both take one learning rate. Embeddings, convolutions and the
+    output layer are not matrices between hidden states and stay with AdamW.
+    """
+    inner = dict(model.named_parameters())
+    hidden = [p for n, p in inner.items() if n.startswith("layers.") and p.dim() == 2]
+    chosen = {id(p) for p in hidden}
+    rest = [p for p in inner.values() if id(p) not in chosen]
+    groups = [
+        {"params": [p for p in rest if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return Optimizers(
+        torch.optim.Muon(
+            hidden, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw", nesterov=True
+        ),
+        torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, beta2)),
     )
 
 
@@ -175,7 +228,8 @@ def fit(
     ``stop_after`` ends the call after that many steps (stages, tests).
     """
     model, state_path = task.model, out / STATE
-    optimizer = make_optimizer(model, config.learning_rate, config.weight_decay, config.beta2)
+    make = make_muon if config.optimizer == "muon" else make_optimizer
+    optimizer = make(model, config.learning_rate, config.weight_decay, config.beta2)
     step, seconds, history = 0, 0.0, []
     smooth: float | None = None
     if resumed and state_path.exists():
@@ -208,7 +262,7 @@ def fit(
             model.train()
             buffers = copy_state(dict(model.named_buffers()))
             with span("pretrain.step"):
-                loss, _ = task.loss(step_generator(0, step))
+                loss, _ = task.loss(step_generator(config.seed, step))
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))

@@ -7,17 +7,20 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from testkit import command, environment, one_line, rlir, same
+from testkit import WORLD_MODEL, command, environment, one_line, rlir, same
 from torch import Tensor, nn
 
 from rlir.checkpoints import load_state, read_json, write_json
 from rlir.errors import InputError, TrainingError
+from rlir.models.world_model import WorldModel
 from rlir.training import (
     STATE,
     FitConfig,
@@ -25,6 +28,7 @@ from rlir.training import (
     fit,
     interruptible,
     learning_rate,
+    make_muon,
     make_optimizer,
     prepare_output,
     step_generator,
@@ -56,6 +60,42 @@ class Toy:
             return {"error": float((self.model(x) - 4).abs().mean())}
 
 
+class Layered(Toy):
+    """The same within ``layers``, where Muon looks for matrices between hidden states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        model = self.model
+        self.model = nn.Module()
+        self.model.layers = model  # type: ignore[assignment]
+        self.model.forward = model.forward  # type: ignore[method-assign]
+
+
+def test_muon_has_the_matrices_of_the_layers_and_adamw_the_rest() -> None:
+    model = WorldModel(WORLD_MODEL)
+    muon, adamw = make_muon(model, 1e-3, 0.1, 0.95).parts
+    assert isinstance(muon, torch.optim.Muon)
+    sizes = [sum(len(g["params"]) for g in part.param_groups) for part in (muon, adamw)]
+    assert sizes[0] == 4 * WORLD_MODEL.layers, "qkv, o, gate and up, down"
+    assert sum(sizes) == len(list(model.parameters()))
+
+
+def test_the_seed_changes_the_order_of_the_data(tmp_path: Path) -> None:
+    seen = []
+    for seed in (0, 1):
+        inputs: list[Tensor] = []
+
+        def note(x: Tensor, inputs: list[Tensor] = inputs) -> Tensor:
+            inputs.append(x.clone())
+            return x
+
+        task = Toy(at=dict.fromkeys(range(2), note))
+        config = replace(CONFIG, steps=2, seed=seed)
+        fit(task, config, tmp_path / str(seed), resumed=False)
+        seen.append(inputs)
+    assert all(not torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
 def state_of(out: Path) -> dict:
     """A saved state without what time it took."""
     state = load_state(out / STATE)
@@ -74,16 +114,19 @@ def test_training_lowers_the_loss(tmp_path: Path) -> None:
     assert not task.model.training
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("parts", [[1], [4], [3, 2], [2, 2, 2, 2]])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
-    tmp_path: Path, parts: list[int]
+    tmp_path: Path, parts: list[int], optimizer: Literal["adamw", "muon"]
 ) -> None:
     """Weights, running means, optimizer, history."""
-    fit(Toy(), CONFIG, tmp_path / "whole", resumed=False)
+    config = replace(CONFIG, optimizer=optimizer)
+    toy = Toy if optimizer == "adamw" else Layered
+    fit(toy(), config, tmp_path / "whole", resumed=False)
     for i, part in enumerate(parts):
-        fit(Toy(), CONFIG, tmp_path / "parts", resumed=i > 0, stop_after=part)
+        fit(toy(), config, tmp_path / "parts", resumed=i > 0, stop_after=part)
     torch.manual_seed(9)
-    fit(Toy(), CONFIG, tmp_path / "parts", resumed=True)
+    fit(toy(), config, tmp_path / "parts", resumed=True)
     assert same(state_of(tmp_path / "parts"), state_of(tmp_path / "whole"))
     assert [row["step"] for row in state_of(tmp_path / "parts")["history"]] == [4, 8, 9]
 

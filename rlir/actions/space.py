@@ -151,10 +151,10 @@ class ActionSpace:
         return " ".join(w for w in words if w) or "rest"
 
 
-# Doom, turned at up to 30 degrees a step of five tics: MineWorld's mu with 11 bins.
+# Doom, turned at up to 20 degrees a step of five tics: MineWorld's mu with 11 bins.
 DOOM = ActionSpace(
     name="doom",
-    axes=(CameraAxis("yaw", source="dx", max_degrees=30.0, mu=11.4887, size=11),),
+    axes=(CameraAxis("yaw", source="dx", max_degrees=20.0, mu=11.4887, size=11),),
     groups=(
         KeyGroup("forward_back", ("key.keyboard.w", "key.keyboard.s")),
         KeyGroup("left_right", ("key.keyboard.a", "key.keyboard.d")),

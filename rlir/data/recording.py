@@ -16,7 +16,7 @@ from typing import Any
 
 import av
 import numpy as np
-from av.video.reformatter import Interpolation
+from PIL import Image
 
 from rlir.actions.space import DEGREES_PER_PIXEL, ActionSpace
 from rlir.errors import InputError
@@ -110,14 +110,20 @@ def read_actions(path: Path, space: ActionSpace) -> np.ndarray:
 
 
 def iterate_frames(path: Path, height: int, width: int) -> Iterator[np.ndarray]:
-    """Frames of a video, uint8 [height, width, 3] RGB, area-averaged to size."""
+    """Frames of a video, uint8 [height, width, 3] RGB, area-averaged to size.
+
+    Converted to RGB at the video's own size first: a scaler that does both keeps one colour sample
+    for four pixels of the smaller picture (about 4 dB worse on coloured edges).
+    """
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             for frame in container.decode(stream):
-                yield frame.to_ndarray(
-                    format="rgb24", width=width, height=height, interpolation=Interpolation.AREA
-                )
+                picture = frame.to_ndarray(format="rgb24")
+                if picture.shape[:2] != (height, width):
+                    image = Image.fromarray(picture).resize((width, height), Image.Resampling.BOX)
+                    picture = np.asarray(image)
+                yield picture
     except (av.FFmpegError, IndexError, OSError, ValueError) as error:
         raise InputError(f"data: {path.name} must be a readable video, got {error}") from None
 

@@ -17,7 +17,7 @@ from rlir.models.load import Models
 from rlir.models.world_model import WorldModel
 from rlir.rollout.loop import inference_copy, rollout
 from rlir.tracing import span
-from rlir.training import check_seed
+from rlir.training import check_seed, step_generator
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Evaluator:
         policy, parts = inference_copy(model), []
         for i in range(0, count or len(self.codes), batch):
             part = slice(i, min(i + batch, count or len(self.codes)))
-            generator = torch.Generator().manual_seed((self.config.seed << 24) + (seed << 16) + i)
+            generator = step_generator(self.config.seed, seed * 2**16 + i)
             drawn = rollout(
                 policy,
                 self.codes[part, 0],

@@ -8,6 +8,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from rlir import console
 from rlir.data.clips import Clips
 from rlir.errors import InputError
 from rlir.models.world_model import WorldModel
-from rlir.training import check_seed, make_optimizer, step_generator
+from rlir.training import check_seed, make_muon, make_optimizer, step_generator
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,11 @@ class ControlConfig:
     batch: int = 16
     """Clips a step."""
     learning_rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
-    """Each is tried; the best by the judge's macro F1 is the control."""
+    """Peaks; each is tried, the best by the judge's macro F1 is the control."""
     warmup: int = 10
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up; from there the rate falls linearly to 0."""
+    optimizer: Literal["adamw", "muon"] = "muon"
+    """What pretraining used."""
     weight_decay: float = 0.05
     """AdamW weight decay, on matrices only."""
     seed: int = 0
@@ -58,9 +61,10 @@ def continue_pretraining(
     learning_rate: float,
     on_step: Callable[[int, WorldModel], None] | None = None,
 ) -> WorldModel:
-    """A copy of the base, trained on for ``config.steps`` steps at a constant learning rate."""
+    """A copy of the base, trained on for ``config.steps`` steps."""
     model = copy.deepcopy(base).requires_grad_(True).train()
-    optimizer = make_optimizer(model, learning_rate, config.weight_decay, 0.95)
+    make = make_muon if config.optimizer == "muon" else make_optimizer
+    optimizer = make(model, learning_rate, config.weight_decay, 0.95)
     starts = clips.starts(frames)
     with console.progress(f"control {learning_rate:g}", config.steps) as bar:
         for step in range(config.steps):
@@ -69,7 +73,8 @@ def continue_pretraining(
             batch = clips.clip(codes, rows, frames)
             actions = clips.clip(clips.actions, rows, frames)[:, :-1]
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate * min(1.0, (step + 1) / max(1, config.warmup))
+                warm = min(1.0, (step + 1) / max(1, config.warmup))
+                group["lr"] = learning_rate * warm * (1 - step / config.steps)
             with torch.autocast("cpu", torch.bfloat16):
                 logits = model(batch, model.action_ids(actions))
             loss = F.cross_entropy(logits.flatten(0, 2), batch[:, 1:].flatten())

@@ -128,6 +128,13 @@ class Tokenizer(nn.Module):
         return codes.flatten(1).long()
 
     @torch.no_grad()
+    def latents(self) -> Tensor:
+        """The quantised latent of every code, float32 [codes, channels] in [-1, 1]."""
+        codes = torch.arange(self.config.codes)[:, None, None]
+        latent: Tensor = self.quantizer.indices_to_codes(codes)
+        return latent.flatten(1).float()
+
+    @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """Frames float32 [N, 3, H, W] in [-1, 1] of codes [N, tokens]."""
         grid = codes.reshape(-1, self.config.rows, self.config.columns)

@@ -125,11 +125,12 @@ def pretrain_world_model(
     sets = {n: open_set(data / n, config.model.space, *size) for n in ("train", "validation")}
     require_disjoint(**sets)
     print_of = fingerprint(tokenizer)
-    pairs = [
-        (clips, visual_codes(clips, tokenizer, print_of, progress(f"encoding {name}")))
+    pairs = {
+        name: (clips, visual_codes(clips, tokenizer, print_of, progress(f"encoding {name}")))
         for name, clips in sets.items()
-    ]
-    stage.train(WorldModelTask(config, *pairs), tokenizer=print_of)
+    }
+    task = WorldModelTask(config, pairs["train"], pairs["validation"], tokenizer.latents())
+    stage.train(task, tokenizer=print_of)
 
 
 def pretrain_all(preset: Preset, out: Path, workers: int = 2) -> None:

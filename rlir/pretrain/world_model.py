@@ -47,10 +47,13 @@ class WorldModelTask:
         config: WorldModelTraining,
         train: tuple[Clips, Tensor],
         validation: tuple[Clips, Tensor],
+        latents: Tensor | None = None,
     ):
         torch.manual_seed(config.fit.seed)
         self.config = config
         self.model = WorldModel(config.model)
+        if latents is not None:
+            self.model.relate_codes(latents)
         self.clips, self.codes = train
         length = config.model.frames
         self.starts = self.clips.starts(length)

@@ -47,6 +47,16 @@ def test_frames_are_averaged_to_size(tmp_path: Path) -> None:
     assert psnr(read_video(tmp_path / "a.mp4", 32, 48), mean) > 40
 
 
+def test_colour_is_averaged_too(tmp_path: Path) -> None:
+    """At half size every pixel has a colour of its own, though the file holds one for four."""
+    generator = np.random.default_rng(0)
+    blocks = 64 + generator.integers(0, 2, (1, 16, 24, 3), dtype=np.uint8) * 128
+    frames = blocks.repeat(4, 1).repeat(4, 2).repeat(6, 0)
+    write_video(tmp_path / "a.mp4", frames, 7.0, crf=4)
+    mean = frames.reshape(6, 32, 2, 48, 2, 3).mean((2, 4))
+    assert psnr(read_video(tmp_path / "a.mp4", 32, 48), mean) > 27  # 24 otherwise
+
+
 def test_frames_keep_their_order(tmp_path: Path) -> None:
     frames = np.repeat(np.arange(0, 240, 6, dtype=np.uint8), 32 * 48 * 3).reshape(-1, 32, 48, 3)
     write_video(tmp_path / "a.mp4", frames, 7.0)

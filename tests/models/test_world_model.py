@@ -11,7 +11,14 @@ from torch import Tensor
 
 from rlir.actions.space import DOOM
 from rlir.errors import InputError
-from rlir.models.world_model import WorldModel, WorldModelConfig, rotary_table, rotate
+from rlir.models.tokenizer import Tokenizer, TokenizerConfig
+from rlir.models.world_model import (
+    WorldModel,
+    WorldModelConfig,
+    causal_attention,
+    rotary_table,
+    rotate,
+)
 
 B, L, S, V = 2, WORLD_MODEL.frames, WORLD_MODEL.tokens, WORLD_MODEL.codes
 
@@ -163,3 +170,39 @@ def test_sizes_that_do_not_fit_are_refused(wrong: dict[str, int]) -> None:
 def test_an_unknown_action_space_is_refused() -> None:
     with pytest.raises(InputError, match="action space must be one of"):
         WorldModel(WorldModelConfig(space="quake"))
+
+
+def test_codes_that_share_levels_begin_alike() -> None:
+    """The closer two codes in the quantiser's grid, the closer their rows; the scale is kept."""
+    torch.manual_seed(0)
+    model = WorldModel(dataclasses.replace(WORLD_MODEL, codes=1000))
+    tables = (model.embed_tokens.weight, model.stem.embed.weight, model.lm_head.weight)
+    before = [float(table[:1000].detach().std()) for table in tables]
+    actions = model.embed_tokens.weight[1000:].clone()
+    model.relate_codes(Tokenizer(TokenizerConfig(levels=(8, 5, 5, 5))).latents())
+    near, far = (0, 1), (0, 999)  # one level apart; no level in common
+    for table, std in zip(tables, before, strict=True):
+        alike = torch.nn.functional.cosine_similarity
+        assert float(alike(table[near[0]], table[near[1]], dim=0)) > 0.5
+        assert abs(float(alike(table[far[0]], table[far[1]], dim=0))) < 0.5
+        assert 0.7 < float(table[:1000].std()) / std < 1.4
+        assert len(table[:1000].unique(dim=0)) == 1000
+    assert torch.equal(model.embed_tokens.weight[1000:], actions)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64, 100])
+@pytest.mark.parametrize(("heads", "kv_heads", "length"), [(4, 2, 65), (3, 3, 1), (4, 1, 64)])
+def test_causal_attention_is_softmax_attention(
+    rows: int, heads: int, kv_heads: int, length: int
+) -> None:
+    generator = torch.Generator().manual_seed(length)
+    shapes = [(2, n, length, 16) for n in (heads, kv_heads, kv_heads)]
+    q, k, v = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    found = causal_attention(q, k, v, rows)
+    repeated = (y.repeat_interleave(heads // kv_heads, 1) for y in (k, v))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, *repeated, is_causal=True)
+    torch.testing.assert_close(found, expected)
+    given = torch.randn(found.shape, generator=generator, dtype=torch.float64)
+    grads = [torch.autograd.grad(out, inputs, given) for out in (found, expected)]
+    torch.testing.assert_close(*grads)

@@ -261,7 +261,7 @@ def fit(
                 group["lr"] = learning_rate(config, step)
             model.train()
             buffers = copy_state(dict(model.named_buffers()))
-            with span("pretrain.step"):
+            with span("pretrain.step", step):
                 loss, _ = task.loss(step_generator(config.seed, step))
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()

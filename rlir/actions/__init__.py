@@ -1,5 +1,22 @@
 """Action spaces: keys and mouse movement as classes, tokens and degrees."""
 
-from rlir.actions.space import DOOM, ActionSpace, CameraAxis, KeyGroup, action_space
+from rlir.actions.heads import MINECRAFT_VPT, ActionHeads
+from rlir.actions.space import (
+    DOOM,
+    MINECRAFT,
+    ActionSpace,
+    CameraAxis,
+    KeyGroup,
+    action_space,
+)
 
-__all__ = ["DOOM", "ActionSpace", "CameraAxis", "KeyGroup", "action_space"]
+__all__ = [
+    "DOOM",
+    "MINECRAFT",
+    "MINECRAFT_VPT",
+    "ActionHeads",
+    "ActionSpace",
+    "CameraAxis",
+    "KeyGroup",
+    "action_space",
+]

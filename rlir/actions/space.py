@@ -68,6 +68,12 @@ class CameraAxis:
         scale = self.max_degrees / self.mu
         return np.sign(encoded) * scale * np.expm1(np.abs(encoded) * math.log1p(self.mu))
 
+    def edges(self) -> np.ndarray:
+        """Degrees between bins on the positive side, ascending, float64 [(size - 1) / 2]."""
+        half = (self.size - 1) // 2
+        encoded = (np.arange(half) + 0.5) / half
+        return self.max_degrees / self.mu * np.expm1(encoded * math.log1p(self.mu))
+
     def encode(self, degrees: np.ndarray) -> np.ndarray:
         """Bin of each angle, int64 of the same shape."""
         x = np.clip(np.asarray(degrees, np.float64) / self.max_degrees, -1.0, 1.0)
@@ -85,6 +91,29 @@ class ActionSpace:
     name: str
     axes: tuple[CameraAxis, ...]
     groups: tuple[KeyGroup, ...]
+    conflicts: tuple[tuple[str, str], ...] = ()
+    """Pairs of keys of different groups that cancel each other out when pressed together."""
+
+    def __post_init__(self) -> None:
+        keys = [key for group in self.groups for key in group.keys]
+        if len(set(keys)) < len(keys):
+            raise InputError(f"action space {self.name}: keys must be in one group, got {keys}")
+        for pair in self.conflicts:
+            if len(set(pair) & set(keys)) < 2:
+                raise InputError(
+                    f"action space {self.name}: conflicts must be pairs of its keys, got {pair}"
+                )
+
+    def opponents(self, key: str) -> frozenset[str]:
+        """Keys that take this key's effect if they are pressed as well."""
+        rivals = {b for pair in self.conflicts for b in pair if key in pair}
+        group = next((g.keys for g in self.groups if key in g.keys), ())
+        return frozenset({*rivals, *group} - {key})
+
+    def encode_keys(self, pressed: set[str]) -> tuple[int, ...]:
+        """Class of each key group when these keys are pressed."""
+        counts = {key for key in pressed if not self.opponents(key) & pressed}
+        return tuple(group.encode(counts) for group in self.groups)
 
     @property
     def factors(self) -> tuple[CameraAxis | KeyGroup, ...]:
@@ -162,7 +191,28 @@ DOOM = ActionSpace(
     ),
 )
 
-SPACES = {space.name: space for space in (DOOM,)}
+# Minecraft as MineWorld conditions on it (arXiv 2504.08388): camera bins and the order of the
+# factors are its action block's; keys go by the names of VPT's recordings. Pairs that MineWorld
+# releases stand in one group, or, across groups, in `conflicts`.
+MINECRAFT = ActionSpace(
+    name="minecraft",
+    axes=(
+        CameraAxis("pitch", source="dy", max_degrees=90.0, mu=11.4887, size=21),
+        CameraAxis("yaw", source="dx", max_degrees=90.0, mu=11.4887, size=21),
+    ),
+    groups=(
+        KeyGroup("hotbar", tuple(f"key.keyboard.{i}" for i in range(1, 10))),
+        KeyGroup("forward_back", ("key.keyboard.w", "key.keyboard.s")),
+        KeyGroup("left_right", ("key.keyboard.a", "key.keyboard.d")),
+        KeyGroup("sprint_sneak", ("key.keyboard.left.control", "key.keyboard.left.shift")),
+        KeyGroup("use_attack", ("mouse.1", "mouse.0")),
+        KeyGroup("jump", ("key.keyboard.space",)),
+        KeyGroup("drop_pick", ("key.keyboard.q", "mouse.2")),
+    ),
+    conflicts=(("key.keyboard.space", "key.keyboard.left.shift"),),
+)
+
+SPACES = {space.name: space for space in (DOOM, MINECRAFT)}
 
 
 def action_space(name: str) -> ActionSpace:

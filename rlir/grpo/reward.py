@@ -13,6 +13,7 @@ from rlir.actions.space import CameraAxis, action_space
 from rlir.grpo.config import GrpoConfig
 from rlir.models.idm import InverseDynamics
 from rlir.models.tokenizer import Tokenizer
+from rlir.ops import decode_actions, inverse_reward
 from rlir.tracing import span
 
 
@@ -29,7 +30,8 @@ def draw(tokenizer: Tokenizer, codes: Tensor, batch: int = 128) -> Tensor:
 
 @dataclass(frozen=True)
 class Reward:
-    """``frame`` float32 [B, T]: reward of each frame; ``read`` int64 [B, T, F]: classes read."""
+    """``frame`` float32 [B, T]: reward of each frame; ``read`` int64 [B, T, F]: classes read,
+    -1 where a logit was not finite."""
 
     frame: Tensor
     read: Tensor
@@ -41,9 +43,10 @@ class InverseReward:
     def __init__(self, idm: InverseDynamics, config: GrpoConfig):
         self.idm = idm
         self.kind = config.reward
+        self.space = action_space(idm.config.space)
         weights = [
             config.camera_weight if isinstance(factor, CameraAxis) else 1.0
-            for factor in action_space(idm.config.space).factors
+            for factor in self.space.factors
         ]
         self.weights = torch.tensor(weights) / sum(weights)
 
@@ -55,18 +58,27 @@ class InverseReward:
             for part, commanded in zip(frames.split(batch), actions.split(batch), strict=True):
                 with torch.autocast("cpu", torch.bfloat16):
                     logits = self.idm(part)
-                classes = torch.stack([x.float().argmax(-1) for x in logits], -1)
-                if self.kind == "match":
-                    score = (classes == commanded).float()
-                else:
+                # One class vector a factor, camera axes first; each frame a trajectory of its own.
+                axes = len(self.space.axes)
+                camera = torch.cat(logits[:axes], -1).flatten(0, 1)[:, None] if axes else None
+                groups = len(self.space.groups)
+                keys = torch.cat(logits[axes:], -1).flatten(0, 1)[:, None] if groups else None
+                score, matches = inverse_reward(
+                    keys,
+                    camera,
+                    commanded.reshape(-1, 1, commanded.shape[-1]),
+                    self.space,
+                    weights=self.weights.tolist(),
+                )
+                if self.kind == "probability":
                     chosen = [
                         x.float().softmax(-1).gather(-1, commanded[..., i : i + 1])
                         for i, x in enumerate(logits)
                     ]
-                    score = torch.cat(chosen, -1)
-                # An IDM that returns NaN must not pass for one that reads class 0.
-                finite = torch.stack([x.float().isfinite().all(-1) for x in logits], -1).all(-1)
-                score = (score * self.weights).sum(-1)
-                rewards.append(torch.where(finite, score, torch.nan))
-                read.append(classes)
+                    likely = (torch.cat(chosen, -1) * self.weights).sum(-1).flatten()
+                    # An IDM that returns NaN or infinity has matches that are NaN.
+                    score = torch.where(matches.isnan().any(-1)[:, 0], torch.nan, likely)
+                rewards.append(score.view(commanded.shape[:2]))
+                classes = decode_actions(keys, camera, self.space).classes
+                read.append(classes.view(commanded.shape))
         return Reward(torch.cat(rewards), torch.cat(read))

@@ -65,17 +65,16 @@ class GrpoTrainer:
     # -- state ---------------------------------------------------------------------------------
 
     def save(self, path: Path) -> None:
-        save_state(
-            path,
-            {
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "step": self.step,
-                "seconds": self.seconds,
-                "curves": self.curves,
-                "config": asdict(self.config),
-            },
-        )
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "curves": self.curves,
+            "config": asdict(self.config),
+        }
+        with span("checkpoint", self.step):
+            save_state(path, state)
 
     def load(self, path: Path) -> None:
         state = load_state(path)
@@ -189,9 +188,11 @@ class GrpoTrainer:
         with span("update", len(commanded)):
             for rows in order.chunk(config.minibatches):
                 self.optimizer.zero_grad(set_to_none=True)
-                statistics.append(self._minibatch(rows, rollouts, blocks, advantages))
+                with span("update.minibatch", len(rows)):
+                    statistics.append(self._minibatch(rows, rollouts, blocks, advantages))
                 if config.supervised_weight:
-                    (config.supervised_weight * self._supervised(generator)).backward()
+                    with span("update.supervised", config.supervised_clips):
+                        (config.supervised_weight * self._supervised(generator)).backward()
                 parameters = self.model.parameters()
                 norm = float(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
                 if not math.isfinite(norm):
@@ -199,7 +200,8 @@ class GrpoTrainer:
                         f"step {self.step}: the gradient must be finite, got norm {norm}; "
                         "state saved"
                     )
-                self.optimizer.step()
+                with span("update.optimizer"):
+                    self.optimizer.step()
                 norms.append(norm)
         self.seconds["update"] += time.perf_counter() - begin
         self.step += 1
@@ -236,7 +238,8 @@ class GrpoTrainer:
             while self.step < last:
                 before = self._snapshot()
                 try:
-                    metrics = self.train_step()
+                    with span("step", self.step):
+                        metrics = self.train_step()
                 except TrainingError:
                     self._restore(before)
                     self.save(path)

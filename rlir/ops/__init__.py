@@ -1,5 +1,20 @@
 """Ops: a public function, its plain PyTorch reference and native kernels under one name each."""
 
+from rlir.ops._action_heads import Actions
+from rlir.ops.decode_actions import decode_actions, decode_actions_reference
+from rlir.ops.flow_sde_step import FlowStep, flow_sde_step, flow_sde_step_reference
 from rlir.ops.group_advantage import group_advantage, group_advantage_reference
+from rlir.ops.inverse_reward import inverse_reward, inverse_reward_reference
 
-__all__ = ["group_advantage", "group_advantage_reference"]
+__all__ = [
+    "Actions",
+    "FlowStep",
+    "decode_actions",
+    "decode_actions_reference",
+    "flow_sde_step",
+    "flow_sde_step_reference",
+    "group_advantage",
+    "group_advantage_reference",
+    "inverse_reward",
+    "inverse_reward_reference",
+]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlir import _library
 from rlir.errors import InputError
+from rlir.tracing import traced
 
 Scale = Literal["group", "batch", "none"]
 Baseline = Literal["mean", "leave_one_out"]
@@ -19,6 +20,7 @@ _SCALES, _BASELINES = get_args(Scale), get_args(Baseline)  # looked up once: it 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+@traced
 def group_advantage(
     rewards: Tensor,
     group_ids: Tensor | None = None,

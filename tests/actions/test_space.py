@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlir.actions.space import DOOM, ActionSpace, CameraAxis, KeyGroup, action_space
+from rlir.actions.space import DOOM, MINECRAFT, ActionSpace, CameraAxis, KeyGroup, action_space
 from rlir.errors import InputError
 
 DOOM_YAW = DOOM.axes[0]
@@ -15,7 +15,7 @@ MINEWORLD = CameraAxis("pitch", source="dy", max_degrees=90.0, mu=11.4887, size=
 VPT = CameraAxis("yaw", source="dx", max_degrees=10.0, mu=10.0, size=11)
 AXES = [DOOM_YAW, MINEWORLD, VPT]
 WIDE = ActionSpace("wide", (MINEWORLD, VPT), (*DOOM.groups, KeyGroup("hotbar", tuple("123456789"))))
-SPACES = [DOOM, WIDE]
+SPACES = [DOOM, MINECRAFT, WIDE]
 
 axes = pytest.mark.parametrize("axis", AXES, ids=lambda a: f"{a.max_degrees:g}x{a.size}")
 spaces = pytest.mark.parametrize("space", SPACES, ids=lambda s: s.name)
@@ -173,7 +173,8 @@ def test_actions_of_another_number_of_factors_are_refused() -> None:
 
 def test_spaces_go_by_name() -> None:
     assert action_space("doom") is DOOM
-    with pytest.raises(InputError, match=r"must be one of \['doom'\], got 'quake'"):
+    assert action_space("minecraft") is MINECRAFT
+    with pytest.raises(InputError, match=r"must be one of \['doom', 'minecraft'\], got 'quake'"):
         action_space("quake")
 
 
@@ -191,3 +192,41 @@ def test_an_action_is_described_by_what_is_not_at_rest(space: ActionSpace, seed:
 
 def test_no_action_is_rest() -> None:
     assert DOOM.describe(np.array([5, 0, 0, 0])) == "rest"
+
+
+def test_minecraft_has_mineworlds_block() -> None:
+    assert MINECRAFT.block_tokens == 11
+    assert MINECRAFT.factor_sizes == (21, 21, 10, 3, 3, 3, 3, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("pressed", "classes"),
+    [
+        (set(), (0, 0, 0, 0, 0, 0, 0)),
+        ({"key.keyboard.w", "mouse.1"}, (0, 1, 0, 0, 1, 0, 0)),
+        ({"key.keyboard.3", "key.keyboard.7", "key.keyboard.d"}, (0, 0, 2, 0, 0, 0, 0)),
+        ({"key.keyboard.9", "mouse.0", "mouse.1"}, (9, 0, 0, 0, 0, 0, 0)),
+        ({"key.keyboard.space", "key.keyboard.left.shift"}, (0, 0, 0, 0, 0, 0, 0)),
+        ({"key.keyboard.space", "key.keyboard.left.control"}, (0, 0, 0, 1, 0, 1, 0)),
+        ({"key.keyboard.q", "key.keyboard.e", "key.keyboard.escape"}, (0, 0, 0, 0, 0, 0, 1)),
+    ],
+)
+def test_keys_that_mineworld_releases_cancel(pressed: set[str], classes: tuple[int, ...]) -> None:
+    assert MINECRAFT.encode_keys(pressed) == classes
+
+
+@axes
+def test_edges_lie_between_bins(axis: CameraAxis) -> None:
+    edges = axis.edges()
+    middle = axis.size // 2
+    assert edges.shape == (middle,)
+    np.testing.assert_array_equal(axis.encode(edges * (1 - 1e-9)), middle + np.arange(middle))
+    np.testing.assert_array_equal(axis.encode(edges * (1 + 1e-9)), middle + 1 + np.arange(middle))
+
+
+def test_a_space_refuses_keys_it_cannot_tell_apart() -> None:
+    group = KeyGroup("a", ("x", "y"))
+    with pytest.raises(InputError, match="keys must be in one group"):
+        ActionSpace("s", (), (group, KeyGroup("b", ("y",))))
+    with pytest.raises(InputError, match=r"conflicts must be pairs of its keys, got \('x', 'z'\)"):
+        ActionSpace("s", (), (group,), (("x", "z"),))

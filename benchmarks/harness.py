@@ -4,6 +4,8 @@ The machine may be shared, so candidates take turns in one process and are compa
 limits (what a copy of memory reaches) are measured in the same run.
 """
 
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -34,25 +36,48 @@ def machine() -> dict[str, Any]:
 
 
 def interleave(
-    candidates: Mapping[str, Callable[[], object]], rounds: int = 31, seconds: float = 0.003
+    candidates: Mapping[str, Callable[[], object]],
+    rounds: int = 31,
+    seconds: float = 0.003,
+    warmup: int = 10,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Median seconds a call of each candidate. They take turns, ``seconds`` at a time."""
+    """Median seconds a call of each candidate. They take turns, ``seconds`` at a time.
+
+    ``clock`` may be time.process_time where the machine is busy and there is one thread.
+    """
     calls = {}
     for name, call in candidates.items():
-        for _ in range(10):
+        for _ in range(warmup):
             call()
-        begin = time.perf_counter()
-        for _ in range(10):
+        begin = clock()
+        for _ in range(warmup):
             call()
-        calls[name] = max(1, int(seconds * 10 / (time.perf_counter() - begin)))
+        calls[name] = max(1, int(seconds * warmup / max(clock() - begin, 1e-9)))
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, call in candidates.items():
-            begin = time.perf_counter()
+            begin = clock()
             for _ in range(calls[name]):
                 call()
-            times[name].append((time.perf_counter() - begin) / calls[name])
+            times[name].append((clock() - begin) / calls[name])
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_memory(call: Callable[[], object]) -> int:
+    """Bytes by which the process grows at its highest while ``call`` runs (Linux)."""
+
+    def status(key: str) -> int:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return next(int(x.split()[1]) * 1024 for x in lines if x.startswith(key))
+
+    call()  # what stays allocated from the first call on is not counted
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # nor can the call live off what others have freed
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the high-water mark
+    before = status("VmRSS")
+    call()
+    return max(0, status("VmHWM") - before)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -13,7 +13,7 @@ import torch
 
 from rlir.errors import InputError
 
-CPU_ISAS = ("baseline", "avx2", "avx512", "amx")
+CPU_ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 """Instruction sets, lowest first: the names RLIR_CPU_ISA may have."""
 
 FORCE_REFERENCE = os.environ.get("RLIR_FORCE_REFERENCE", "0") not in ("", "0")

@@ -72,6 +72,7 @@ CpuIsa detect() {
   const bool avx2 = f.avx2 && f.fma && f.f16c && f.bmi2;
   const bool avx512 = avx2 && f.avx512f && f.avx512bw && f.avx512dq && f.avx512vl && f.avx512cd;
   if (avx512 && f.avx512_bf16 && f.amx_granted) return CpuIsa::kAmx;
+  if (avx512 && f.avx512_bf16) return CpuIsa::kAvx512Bf16;
   if (avx512) return CpuIsa::kAvx512;
   if (avx2) return CpuIsa::kAvx2;
   return CpuIsa::kBaseline;
@@ -113,7 +114,8 @@ std::string describe() {
 }  // namespace
 
 const char* cpu_isa_name(CpuIsa isa) {
-  static constexpr const char* kNames[kCpuIsaCount] = {"baseline", "avx2", "avx512", "amx"};
+  static constexpr const char* kNames[kCpuIsaCount] = {"baseline", "avx2", "avx512", "avx512_bf16",
+                                                       "amx"};
   return kNames[static_cast<int>(isa)];
 }
 

@@ -5,8 +5,8 @@
 namespace rlir {
 
 // In order: an instruction set includes those before it.
-enum class CpuIsa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
-inline constexpr int kCpuIsaCount = 4;
+enum class CpuIsa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
+inline constexpr int kCpuIsaCount = 5;
 
 const char* cpu_isa_name(CpuIsa isa);
 
@@ -14,8 +14,8 @@ const char* cpu_isa_name(CpuIsa isa);
 CpuIsa detected_cpu_isa();
 
 // What kernels use: the detected one, or a lower one that RLIR_CPU_ISA names (baseline, avx2,
-// avx512, amx). The variable can only lower it; a name that is unknown has no effect here, and
-// loading the library in Python refuses it.
+// avx512, avx512_bf16, amx). The variable can only lower it; a name that is unknown has no effect
+// here, and loading the library in Python refuses it.
 CpuIsa cpu_isa();
 
 // Features of interest and whether this machine has them, as "name" or "-name" separated by
@@ -24,13 +24,18 @@ const char* cpu_features();
 
 }  // namespace rlir
 
-// The build of a kernel in rlir::cpu for this machine; AMX machines run the AVX-512 build of
-// kernels that have no tiles.
+// The build of a kernel in rlir::cpu for this machine. Machines with AMX or with AVX-512's bfloat16
+// instructions run the AVX-512 build of kernels that have no use for them.
 #if defined(RLIR_X86)
 #define RLIR_CPU_KERNEL(kernel)                                               \
   (::rlir::cpu_isa() >= ::rlir::CpuIsa::kAvx512 ? ::rlir::cpu::avx512::kernel \
    : ::rlir::cpu_isa() >= ::rlir::CpuIsa::kAvx2 ? ::rlir::cpu::avx2::kernel   \
                                                 : ::rlir::cpu::baseline::kernel)
+// The same for kernels with a build for AVX-512 with bfloat16 products.
+#define RLIR_CPU_KERNEL_BF16(kernel)                                                   \
+  (::rlir::cpu_isa() >= ::rlir::CpuIsa::kAvx512Bf16 ? ::rlir::cpu::avx512_bf16::kernel \
+                                                    : RLIR_CPU_KERNEL(kernel))
 #else
 #define RLIR_CPU_KERNEL(kernel) (::rlir::cpu::baseline::kernel)
+#define RLIR_CPU_KERNEL_BF16(kernel) (::rlir::cpu::baseline::kernel)
 #endif

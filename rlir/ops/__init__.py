@@ -1,10 +1,19 @@
 """Ops: a public function, its plain PyTorch reference and native kernels under one name each."""
 
 from rlir.ops._action_heads import Actions
+from rlir.ops._support import pack_support, unpack_support
 from rlir.ops.decode_actions import decode_actions, decode_actions_reference
 from rlir.ops.flow_sde_step import FlowStep, flow_sde_step, flow_sde_step_reference
 from rlir.ops.group_advantage import group_advantage, group_advantage_reference
 from rlir.ops.inverse_reward import inverse_reward, inverse_reward_reference
+from rlir.ops.sample_tokens import sample_tokens, sample_tokens_reference
+from rlir.ops.selected_logprob import (
+    head_logits,
+    head_logits_reference,
+    outside_support,
+    selected_logprob,
+    selected_logprob_reference,
+)
 
 __all__ = [
     "Actions",
@@ -15,6 +24,15 @@ __all__ = [
     "flow_sde_step_reference",
     "group_advantage",
     "group_advantage_reference",
+    "head_logits",
+    "head_logits_reference",
     "inverse_reward",
     "inverse_reward_reference",
+    "outside_support",
+    "pack_support",
+    "sample_tokens",
+    "sample_tokens_reference",
+    "selected_logprob",
+    "selected_logprob_reference",
+    "unpack_support",
 ]

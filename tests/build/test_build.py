@@ -122,15 +122,15 @@ def test_an_unknown_instruction_set_is_refused(built: Built) -> None:
     done = run_apart(built.site, "-c", "import rlir.ops", RLIR_CPU_ISA="sse9")
     assert last_line(done) == (
         "rlir.errors.InputError: "
-        "RLIR_CPU_ISA must be one of baseline, avx2, avx512, amx, got 'sse9'"
+        "RLIR_CPU_ISA must be one of baseline, avx2, avx512, avx512_bf16, amx, got 'sse9'"
     )
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "amx"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_the_instruction_set_can_only_be_lowered(built: Built, isa: str) -> None:
     code = "from rlir import _build_info as b; print(b.detected_cpu_isa(), b.used_cpu_isa())"
     detected, used = run_apart(built.site, "-c", code, RLIR_CPU_ISA=isa).stdout.split()
-    order = ["baseline", "avx2", "avx512", "amx"]
+    order = ["baseline", "avx2", "avx512", "avx512_bf16", "amx"]
     assert used == min(detected, isa, key=order.index)
 
 

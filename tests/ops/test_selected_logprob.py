@@ -1,0 +1,391 @@
+"""selected_logprob: the reference and the CPU kernels against float64; gradients; bits."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from selected_logprob_cases import (
+    BF16,
+    DTYPES,
+    FLOAT,
+    Inputs,
+    assert_close,
+    inputs,
+    outputs,
+    random_support,
+)
+from torch import Tensor
+
+from rlir import _build_info, _library
+from rlir.ops import (
+    head_logits,
+    head_logits_reference,
+    outside_support,
+    pack_support,
+    sample_tokens,
+    selected_logprob,
+    selected_logprob_reference,
+    unpack_support,
+)
+
+Op = Callable[..., tuple[Tensor, Tensor]]
+BACKENDS = {"reference": selected_logprob_reference, "cpu": selected_logprob}
+NAMES = ("logprob", "entropy", "d_hidden", "d_weight", "d_bias")
+
+backends = pytest.mark.parametrize("op", BACKENDS.values(), ids=BACKENDS.keys())
+dtypes = pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES.keys())
+
+
+def plain(hidden, weight, targets, *, bias=None, temperature=1.0, vocab_range=None, support=None):
+    """What a trainer without fused ops does: logits in the operands' dtype, softmax in float32."""
+    common = torch.promote_types(hidden.dtype, weight.dtype)
+    logits = hidden.to(common) @ weight.to(common).t()
+    z = (logits if bias is None else logits + bias).float() / temperature
+    inside = torch.ones_like(z, dtype=torch.bool)
+    if vocab_range is not None:
+        inside[:, : vocab_range[0]] = False
+        inside[:, vocab_range[1] :] = False
+    if support is not None:
+        inside &= unpack_support(support, z.shape[1])
+    logp = z.masked_fill(~inside, -math.inf).log_softmax(-1)
+    entropy = -(logp.exp() * logp.where(inside, 0)).sum(-1)
+    return logp.gather(1, targets[:, None])[:, 0], entropy
+
+
+# --- Values --------------------------------------------------------------------------------------
+
+
+def check_against_float64(op: Op, x: Inputs, **options) -> None:
+    truth = outputs(selected_logprob_reference, x, double=True, **options)
+    peer = outputs(plain, x, **options)
+    for name, a, b, c in zip(NAMES, outputs(op, x, **options), peer, truth, strict=False):
+        assert_close(a, b, c, name)
+
+
+@backends
+@dtypes
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (2, 7, 9), (19, 33, 257), (99, 65, 300), (40, 520, 60)]
+)
+def test_matches_float64(op: Op, dtypes: tuple, shape: tuple[int, int, int]) -> None:
+    check_against_float64(op, inputs(*shape, dtypes))
+    check_against_float64(op, inputs(*shape, dtypes), bias=False, temperature=0.6)
+
+
+@backends
+@dtypes
+def test_support_matches_float64(op: Op, dtypes: tuple) -> None:
+    x = inputs(49, 24, 600, dtypes)
+    x.targets = x.targets.clamp(101, 540)
+    for options in ({"vocab_range": (101, 541)}, {"support": random_support(x)}):
+        check_against_float64(op, x, **options)
+    both = {"vocab_range": (101, 541), "support": random_support(x), "temperature": 1.7}
+    check_against_float64(op, x, **both)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    n=st.integers(0, 60),
+    h=st.integers(1, 70),
+    v=st.integers(1, 600),
+    name=st.sampled_from(sorted(DTYPES)),
+    temperature=st.sampled_from([1.0, 0.3, 2.5]),
+    data=st.data(),
+)
+def test_any_shape(
+    n: int, h: int, v: int, name: str, temperature: float, data: st.DataObject
+) -> None:
+    x = inputs(n, h, v, DTYPES[name])
+    low = data.draw(st.integers(0, v - 1))
+    high = data.draw(st.integers(low + 1, v))
+    x.targets = x.targets.clamp(low, high - 1)
+    options: dict = {"temperature": temperature, "vocab_range": (low, high)}
+    if data.draw(st.booleans()):
+        options["support"] = random_support(x, n)
+    check_against_float64(selected_logprob, x, bias=data.draw(st.booleans()), **options)
+
+
+def test_reference_passes_gradcheck() -> None:
+    x = inputs(5, 4, 9)
+    support = random_support(x)
+
+    def call(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return selected_logprob_reference(
+            hidden, weight, x.targets, bias=bias, temperature=0.8, support=support
+        )
+
+    leaves = [t.double().requires_grad_() for t in (x.hidden, x.weight, x.bias)]
+    assert torch.autograd.gradcheck(call, leaves)
+
+
+def test_hostile_values() -> None:
+    x = inputs(6, 8, 300)
+    x.weight[7] = 1e4  # a logit that decides alone
+    x.hidden[1] = 0  # a uniform row
+    x.hidden[2] = torch.nan
+    x.hidden[3] *= 1e30
+    logprob, entropy = selected_logprob(x.hidden, x.weight, x.targets)
+    expected, spread = selected_logprob_reference(x.hidden, x.weight, x.targets)
+    torch.testing.assert_close(logprob, expected, equal_nan=True, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(entropy, spread, equal_nan=True, rtol=1e-5, atol=1e-5)
+    assert logprob[2].isnan()
+    assert entropy[1].item() == pytest.approx(math.log(300))
+
+
+# --- Gradients -----------------------------------------------------------------------------------
+
+
+@backends
+def test_each_output_alone_has_its_gradient(op: Op) -> None:
+    x = inputs(20, 16, 90)
+    both = outputs(op, x)[2:]
+    zero = torch.zeros(20)
+    d_logprob, d_entropy = x.d_logprob, x.d_entropy
+    parts = []
+    for index, weight in ((0, d_logprob), (1, d_entropy)):
+        leaves = [t.detach().requires_grad_() for t in (x.hidden, x.weight, x.bias)]
+        out = op(leaves[0], leaves[1], x.targets, bias=leaves[2])[index]
+        out.backward(weight)
+        parts.append([leaf.grad for leaf in leaves])
+        x.d_logprob, x.d_entropy = (weight, zero) if index == 0 else (zero, weight)
+        for name, a, b in zip(NAMES[2:], parts[-1], outputs(op, x)[2:], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, msg=name)
+    for whole, a, b in zip(both, *parts, strict=True):
+        torch.testing.assert_close(whole, a + b, rtol=1e-4, atol=1e-5)
+
+
+@backends
+def test_only_what_is_needed_gets_a_gradient(op: Op) -> None:
+    x = inputs(20, 16, 90)
+    whole = outputs(op, x)[2:]
+    for needed in range(3):
+        leaves = [x.hidden.clone(), x.weight.clone(), x.bias.clone()]
+        leaves[needed].requires_grad_()
+        logprob, entropy = op(leaves[0], leaves[1], x.targets, bias=leaves[2])
+        ((logprob * x.d_logprob).sum() + (entropy * x.d_entropy).sum()).backward()
+        assert leaves[needed].grad is not None
+        assert leaves[needed].grad.equal(whole[needed])
+        assert all(leaf.grad is None for i, leaf in enumerate(leaves) if i != needed)
+
+
+@backends
+def test_broadcast_gradients(op: Op) -> None:
+    x = inputs(20, 16, 90)
+    results = []
+    for weight in (torch.tensor(0.5).expand(20), torch.full((20,), 0.5)):
+        hidden = x.hidden.clone().requires_grad_()
+        logprob, entropy = op(hidden, x.weight, x.targets)
+        torch.autograd.backward([logprob, entropy], [weight, weight])
+        results.append(hidden.grad)
+    assert results[0].equal(results[1])
+
+
+@backends
+def test_without_entropy(op: Op) -> None:
+    x = inputs(20, 16, 90)
+    hidden = x.hidden.clone().requires_grad_()
+    logprob, entropy = op(hidden, x.weight, x.targets, compute_entropy=False)
+    assert entropy is None
+    assert logprob.equal(op(x.hidden, x.weight, x.targets)[0])
+    logprob.backward(x.d_logprob)
+    x.d_entropy = torch.zeros(20)
+    torch.testing.assert_close(hidden.grad, outputs(op, x, bias=False)[2], rtol=1e-5, atol=1e-6)
+
+
+# --- Supports ------------------------------------------------------------------------------------
+
+
+@backends
+@dtypes
+def test_target_outside_of_the_support(op: Op, dtypes: tuple) -> None:
+    x = inputs(30, 12, 200, dtypes)
+    x.targets = x.targets.clamp(50, 149)
+    mask = torch.ones(30, 200, dtype=torch.bool)
+    mask[4, x.targets[4]] = False
+    x.targets[9], x.targets[20] = 3, 180
+    hidden, weight = x.hidden.clone().requires_grad_(), x.weight.clone().requires_grad_()
+    logprob, entropy = op(
+        hidden, weight, x.targets, vocab_range=(50, 150), support=pack_support(mask)
+    )
+    outside = torch.tensor([i in (4, 9, 20) for i in range(30)])
+    assert logprob.isneginf().equal(outside)
+    assert int(outside_support(logprob)) == 3
+    assert entropy.isfinite().all()
+    gradient = torch.where(outside, torch.nan, 1.0)  # what arrives there must not matter
+    logprob.backward(gradient)
+    assert hidden.grad is not None
+    assert hidden.grad[outside].eq(0).all()
+    assert hidden.grad[~outside].ne(0).any(-1).all()
+    assert weight.grad is not None
+    assert weight.grad.isfinite().all()
+    assert weight.grad[:50].eq(0).all()
+    assert weight.grad[150:].eq(0).all()
+
+
+@backends
+def test_entropy_has_its_gradient_where_the_target_is_outside(op: Op) -> None:
+    x = inputs(4, 12, 60)
+    x.targets[:] = 59
+    hidden = x.hidden.clone().requires_grad_()
+    logprob, entropy = op(hidden, x.weight, x.targets, vocab_range=(0, 50))
+    assert logprob.isneginf().all()
+    entropy.sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad.ne(0).any(-1).all()
+
+
+@backends
+@pytest.mark.parametrize(
+    "options", [{"top_k": 7}, {"top_p": 0.6}, {"top_k": 30, "top_p": 0.9, "vocab_range": (20, 333)}]
+)
+def test_truncation_is_that_of_its_support(op: Op, options: dict) -> None:
+    x = inputs(60, 16, 400)
+    logits = head_logits(x.hidden, x.weight, bias=x.bias)
+    drawn = sample_tokens(logits, seed=1, offset=0, return_support=True, **options)
+    x.targets, support = drawn[0], drawn[3]
+    fixed = {k: v for k, v in options.items() if k == "vocab_range"}
+    truncated, recorded = outputs(op, x, **options), outputs(op, x, support=support, **fixed)
+    for a, b in zip(truncated, recorded, strict=True):
+        if op is selected_logprob:
+            assert a.equal(b)
+        else:
+            torch.testing.assert_close(a, b)
+
+
+@dtypes
+@pytest.mark.parametrize("temperature", [1.0, 0.73])
+def test_scores_are_the_samplers_bit_for_bit(dtypes: tuple, temperature: float) -> None:
+    x = inputs(70, 40, 1111, dtypes)
+    logits = head_logits(x.hidden, x.weight, bias=x.bias)
+    for options in ({}, {"top_p": 0.8}, {"top_k": 9, "min_p": 0.1}, {"vocab_range": (300, 999)}):
+        token, logprob, entropy, support = sample_tokens(
+            logits, temperature=temperature, seed=5, offset=1, return_support=True, **options
+        )
+        again = selected_logprob(
+            x.hidden, x.weight, token, bias=x.bias, temperature=temperature, support=support
+        )
+        assert again[0].equal(logprob)
+        assert again[1].equal(entropy)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, BF16])
+def test_identity_head_scores_given_logits(dtype: torch.dtype) -> None:
+    logits = (torch.randn(17, 300) * 3).to(dtype)
+    token, logprob, entropy = sample_tokens(logits, seed=0, offset=0)
+    again = selected_logprob(logits, torch.eye(300, dtype=dtype), token)
+    assert again[0].equal(logprob)
+    assert again[1].equal(entropy)
+
+
+# --- Layouts -------------------------------------------------------------------------------------
+
+
+def restrided(x: Tensor) -> list[Tensor]:
+    wide = torch.zeros(len(x), 3 * x.shape[1] + 1, dtype=x.dtype)[:, 1::3]
+    odd = torch.zeros(len(x), x.shape[1] + 1, dtype=x.dtype)[:, 1:]
+    return [x.t().contiguous().t(), wide.copy_(x), odd.copy_(x)]
+
+
+@dtypes
+def test_strides_do_not_matter(dtypes: tuple) -> None:
+    x = inputs(21, 18, 270, dtypes)
+    expected = outputs(selected_logprob, x)
+    support = random_support(x)
+    masked = outputs(selected_logprob, x, support=support)
+    for hidden, weight in zip(restrided(x.hidden), restrided(x.weight), strict=True):
+        y = Inputs(
+            hidden,
+            weight,
+            torch.stack([x.targets, x.targets], 1)[:, 0],
+            torch.stack([x.bias, x.bias], 1)[:, 0],
+            x.d_logprob,
+            x.d_entropy,
+        )
+        assert not y.targets.is_contiguous()
+        for a, b in zip(outputs(selected_logprob, y), expected, strict=True):
+            assert a.equal(b)
+        wide = torch.cat([support, support], 1)[:, : support.shape[1]]
+        for a, b in zip(outputs(selected_logprob, y, support=wide), masked, strict=True):
+            assert a.equal(b)
+    one = x.hidden[:1].expand(21, -1)
+    lp = selected_logprob(one, x.weight, x.targets)[0]
+    assert lp.equal(selected_logprob(one.contiguous(), x.weight, x.targets)[0])
+
+
+@backends
+def test_empty(op: Op) -> None:
+    x = inputs(0, 4, 7)
+    logprob, entropy, d_hidden, d_weight, d_bias = outputs(op, x)
+    assert logprob.shape == entropy.shape == (0,)
+    assert d_hidden.shape == (0, 4)
+    assert d_weight.eq(0).all()
+    assert d_weight.shape == (7, 4)
+    assert d_bias.eq(0).all()
+    assert head_logits(x.hidden, x.weight).shape == (0, 7)
+    assert op(x.hidden, x.weight, x.targets, top_p=0.5)[0].shape == (0,)
+    y = inputs(3, 0, 8)  # no depth: a uniform distribution
+    for tensor in op(y.hidden, y.weight, y.targets):
+        torch.testing.assert_close(tensor.abs(), torch.full((3,), math.log(8)))
+
+
+# --- The same bits -------------------------------------------------------------------------------
+
+
+@dtypes
+def test_bits_do_not_depend_on_the_rest_of_the_batch(dtypes: tuple) -> None:
+    x = inputs(401, 40, 530, dtypes)
+    logprob, entropy, d_hidden, *_ = outputs(selected_logprob, x, top_p=0.9)
+    logits = head_logits(x.hidden, x.weight)
+    for rows in (slice(0, 1), slice(47, 50), slice(120, 401), torch.randperm(401)[:33]):
+        y = Inputs(
+            x.hidden[rows], x.weight, x.targets[rows], x.bias, x.d_logprob[rows], x.d_entropy[rows]
+        )
+        part = outputs(selected_logprob, y, top_p=0.9)
+        assert part[0].equal(logprob[rows])
+        assert part[1].equal(entropy[rows])
+        assert part[2].equal(d_hidden[rows])
+        assert head_logits(y.hidden, y.weight).equal(logits[rows])
+
+
+def digests_elsewhere(isa: str, threads: int) -> dict[str, str]:
+    """``digests`` in another process, under an instruction set and a number of threads."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("selected_logprob_cases.py")), str(threads)],
+        env={**os.environ, "RLIR_CPU_ISA": isa},
+        capture_output=True,
+        check=True,
+    )
+    found = dict(json.loads(done.stdout))
+    assert found.pop("isa") == isa
+    return found
+
+
+def test_bits_do_not_depend_on_instruction_set_or_threads() -> None:
+    """Also in bfloat16, also through vdpbf16ps; with sample_tokens and head_logits."""
+    best = _library.CPU_ISAS.index(_build_info.detected_cpu_isa())
+    isas = [isa for isa in _build_info.cpu_isas if _library.CPU_ISAS.index(isa) <= best]
+    first = digests_elsewhere(isas[0], 1)
+    for isa, threads in [*((isa, 1) for isa in isas[1:]), (isas[-1], 3)]:
+        found = digests_elsewhere(isa, threads)
+        different = [k for k in first if found[k] != first[k]]
+        assert not different, f"{isa} with {threads} threads differs: {different}"
+
+
+# --- head_logits ---------------------------------------------------------------------------------
+
+
+@dtypes
+def test_head_logits(dtypes: tuple) -> None:
+    for shape in ((1, 3, 2), (17, 600, 300), (50, 31, 257)):
+        x = inputs(*shape, dtypes)
+        truth = head_logits_reference(x.hidden.double(), x.weight.double(), bias=x.bias)
+        peer = head_logits_reference(x.hidden, x.weight, bias=x.bias)
+        assert_close(head_logits(x.hidden, x.weight, bias=x.bias), peer, truth)

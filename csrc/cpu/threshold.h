@@ -184,8 +184,9 @@ inline Threshold find_threshold(const RowSearch& s, const float* z, const float*
                                 float maximum, float guess, double target) {
   constexpr int64_t kFew = 32;
   const int64_t lowest = key_of(minus_infinity()) + 1;
-  int64_t low = lowest, high = key_of(maximum) + 1;  // the answer is in [low, high)
-  double above = 0.0;                                // weight at or above `high`
+  // The answer is in [low, high). A maximum of -0 becomes 0, for no value lies between the two.
+  int64_t low = lowest, high = key_of(maximum + 0.0f) + 1;
+  double above = 0.0;  // weight at or above `high`
   float step = 1.0f;
   for (int round = 0; high - low > 1; ++round) {
     float q[3];

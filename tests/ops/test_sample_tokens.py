@@ -177,6 +177,16 @@ def test_order_of_truncation(op: Op) -> None:
     assert support(top_p=0.6, min_p=0.7) == [True, False, False]
 
 
+@backends
+@pytest.mark.parametrize("options", [{"top_p": 0.3}, {"top_k": 1}, {"min_p": 1.0}])
+def test_both_zeros_are_one_value(op: Op, options: dict) -> None:
+    x = torch.tensor([[-0.0, -0.0], [-0.0, 0.0], [0.0, -0.0], [0.0, 0.0]])
+    _, _, entropy, support = op(x, seed=0, offset=0, return_support=True, **options)
+    inside = unpack_support(support, 2).tolist()
+    assert inside == [[True, "min_p" in options]] * 4
+    assert entropy.unique().numel() == 1
+
+
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(
     v=st.integers(1, 900),

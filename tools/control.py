@@ -90,7 +90,7 @@ def main() -> None:
         curve: list[dict[str, float]] = []
 
         def note(step: int, model: WorldModel) -> None:
-            if step % max(1, config.steps // 6) == 0 and step < config.steps:
+            if step % max(1, config.steps // 3) == 0 and step < config.steps:
                 figure = value_of(summarise(test.score(model), draws=1), "judge_f1_macro")
                 curve.append({"step": step, "judge_f1_macro": figure or 0.0})
 

@@ -4,7 +4,9 @@
 //   key     = seed, low and high 32 bits
 //   counter = (block, offset, row id low, row id high), 32 bits each
 // so a row's numbers do not depend on the batch around it, and `offset` counts what a row draws at
-// different times (steps). A block gives four words of 32 bits.
+// different times (steps). A block gives four words of 32 bits. Normals count blocks from 0 and
+// tokens are drawn from the last one, which a row of less than 2^34 - 64 normals does not reach:
+// one seed serves both.
 //
 // Included by files that are compiled once per instruction set, so everything here has internal
 // linkage ("static"). Normals are plain arithmetic without branches, for loops that the compiler
@@ -70,6 +72,16 @@ static inline PhiloxWords philox(PhiloxWords x, PhiloxKey key) {
     key.high += 0xbb67ae85u;
   }
   return x;
+}
+
+inline constexpr uint32_t kDrawBlock = 0xffffffffu;
+
+// The 64 bit fraction a row draws with: words 0 and 1 (the upper) of the last block.
+static inline uint64_t philox_fraction(uint32_t offset, uint64_t row, PhiloxKey key) {
+  const PhiloxLanes zero = {};
+  const PhiloxWords x = philox(
+      {zero + kDrawBlock, zero + offset, zero + (row & 0xffffffffu), zero + (row >> 32)}, key);
+  return x.b[0] << 32 | (x.a[0] & 0xffffffffu);
 }
 
 // Natural logarithm of u in [2^-32, 1], to about an ulp (polynomial of the Cephes library).

@@ -5,31 +5,11 @@
 // through all of it, exp is taken once, and nothing is sorted.
 #include "cpu/sample_tokens.h"
 
+#include "core/philox.h"
 #include "cpu/truncation.h"
 
 namespace rlir::cpu::RLIR_ISA {
 namespace {
-
-struct Words {
-  uint32_t x[4];
-};
-
-// Philox 4x32-10 (Salmon et al., SC 2011), the generator of cuRAND and of PyTorch on CUDA.
-Words philox(uint64_t seed, uint64_t low, uint64_t high) {
-  uint32_t c0 = static_cast<uint32_t>(low), c1 = static_cast<uint32_t>(low >> 32);
-  uint32_t c2 = static_cast<uint32_t>(high), c3 = static_cast<uint32_t>(high >> 32);
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t a = uint64_t{0xD2511F53u} * c0, b = uint64_t{0xCD9E8D57u} * c2;
-    c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0;
-    c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ k1;
-    c1 = static_cast<uint32_t>(b);
-    c3 = static_cast<uint32_t>(a);
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  return {{c0, c1, c2, c3}};
-}
 
 // z of a row: float32, divided by the temperature, -infinity outside of [low, high).
 void load_row(const SampleTokens& a, int64_t row, float* z) {
@@ -138,8 +118,7 @@ bool sample(const SampleTokens& a, int64_t row, float* z, double* block_mass,
     join_block(search.block_max[b], maximum, search.factor[b], sum, dot, &sums.s, &sums.u);
   }
   const int64_t id = a.row_ids == nullptr ? row : a.row_ids[row * a.row_id_stride];
-  const Words words = philox(a.seed, static_cast<uint64_t>(id), a.offset);
-  const uint64_t u = static_cast<uint64_t>(words.x[1]) << 32 | words.x[0];
+  const uint64_t u = philox_fraction(a.offset, static_cast<uint64_t>(id), a.key);
   const int64_t token = draw(search, block_mass, span, sums.total, u);
   const double log_sum = log(sums.s);
   a.token[row] = token;

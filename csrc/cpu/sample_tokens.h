@@ -6,15 +6,15 @@
 //   token   = the first v in the support with  sum of masses up to v  >  u * sum of all masses
 //   logprob, entropy as in cpu/softmax.h, on the support
 //
-// u is a 64 bit fraction, words 0 and 1 (the upper) of Philox 4x32-10 with the counter
-// (row id low, row id high, offset low, offset high) and the key (seed low, seed high). It
-// depends on seed, row id and offset alone, and masses are exact multiples of 2^-32, so a row
-// has the same token whatever the batch, threads and instruction set.
+// u is a 64 bit fraction from Philox 4x32-10 (philox_fraction of core/philox.h). It depends on
+// seed, row id and offset alone, and masses are exact multiples of 2^-32, so a row has the same
+// token whatever the batch, threads and instruction set.
 #pragma once
 
 #include <stdint.h>
 
 #include "core/dtype.h"
+#include "core/philox.h"
 
 namespace rlir::cpu {
 
@@ -28,7 +28,8 @@ struct SampleTokens {
   int64_t top_k;  // 0: none
   double top_p;   // 1: none
   double min_p;   // 0: none
-  uint64_t seed, offset;
+  PhiloxKey key;  // the seed
+  uint32_t offset;
   const int64_t* row_ids;  // or null: 0, 1, ...
   int64_t row_id_stride;
   int64_t* token;  // [N]

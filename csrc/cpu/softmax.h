@@ -17,7 +17,7 @@
 // block without any is left out as a whole. Terms are e fma'd onto the sum, zero where e is.
 #pragma once
 
-#include "core/simd.h"
+#include "core/exp.h"
 
 namespace rlir::cpu {
 namespace {  // nothing here may be shared between instruction sets

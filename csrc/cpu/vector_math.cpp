@@ -1,6 +1,6 @@
 #include "cpu/vector_math.h"
 
-#include "core/simd.h"
+#include "core/exp.h"
 
 namespace rlir::cpu::RLIR_ISA {
 

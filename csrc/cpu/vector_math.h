@@ -1,4 +1,4 @@
-// core/simd.h's exp and log over an array, so that tests can look at them. No op uses this.
+// core/exp.h's exp and log over an array, so that tests can look at them. No op uses this.
 #pragma once
 
 #include <stdint.h>

@@ -76,8 +76,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sample_tokens_cpu(
   args.top_k = top_k.value_or(0);
   args.top_p = top_p.value_or(1.0);
   args.min_p = min_p.value_or(0.0);
-  args.seed = number("seed", seed_tensor, seed);
-  args.offset = number("offset", offset_tensor, offset);
+  const uint64_t key = number("seed", seed_tensor, seed);
+  args.key = {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)};
+  const uint64_t count = number("offset", offset_tensor, offset);
+  RLIR_CHECK(count >> 32 == 0, "sample_tokens: offset must be from 0 and below 2^32, got ", count);
+  args.offset = static_cast<uint32_t>(count);
   args.row_id_stride = row_ids ? row_ids->stride(0) : 0;
 
   Tensor token = torch::stable::new_empty(logits, {n}, ScalarType::Long);

@@ -1,9 +1,11 @@
-"""The policy's loss, in plain PyTorch."""
+"""The policy's loss over tokens of frames, by the fused op."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from rlir import ops
 
 
 @dataclass(frozen=True)
@@ -29,16 +31,19 @@ def policy_loss(
 
     ``-min(r A, clip(r, 1 - low, 1 + high) A) + w (exp(q - p) - (q - p) - 1)``, mean over tokens,
     with ratio r = exp(p - p_old), log-probabilities p of the policy and q of the frozen base.
-    All [B, T]; advantages broadcast. Gradients flow to ``logprob``.
+    All [B, ..., T]; advantages broadcast. Gradients flow to ``logprob``.
     """
-    ratio = (logprob - old_logprob).exp()
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    gain = torch.minimum(ratio * advantages, clipped * advantages)
-    log_ratio = ref_logprob - logprob
-    kl = log_ratio.clamp(-20, 20).exp() - log_ratio - 1
-    loss = (kl_weight * kl - gain).mean()
-    with torch.no_grad():
-        outside = (ratio < 1 - clip_low) | (ratio > 1 + clip_high)
-        return loss, LossStatistics(
-            float(kl.mean()), float(outside.float().mean()), float(ratio.mean())
-        )
+    rows = [
+        x.expand_as(logprob).flatten(0, -2) for x in (logprob, old_logprob, advantages, ref_logprob)
+    ]
+    loss, seen = ops.policy_loss(
+        *rows[:3],
+        ref_logprob=rows[3],
+        loss_type="bnpo",
+        clip_low=clip_low,
+        clip_high=clip_high,
+        kl_weight=kl_weight,
+    )
+    assert seen.kl is not None
+    kl, outside, ratio = torch.stack([seen.kl, seen.outside, seen.ratio]).tolist()
+    return loss, LossStatistics(kl, outside, ratio)

@@ -6,6 +6,7 @@ from rlir.ops.decode_actions import decode_actions, decode_actions_reference
 from rlir.ops.flow_sde_step import FlowStep, flow_sde_step, flow_sde_step_reference
 from rlir.ops.group_advantage import group_advantage, group_advantage_reference
 from rlir.ops.inverse_reward import inverse_reward, inverse_reward_reference
+from rlir.ops.policy_loss import PolicyLossStatistics, policy_loss, policy_loss_reference
 from rlir.ops.sample_tokens import sample_tokens, sample_tokens_reference
 from rlir.ops.selected_logprob import (
     head_logits,
@@ -18,6 +19,7 @@ from rlir.ops.selected_logprob import (
 __all__ = [
     "Actions",
     "FlowStep",
+    "PolicyLossStatistics",
     "decode_actions",
     "decode_actions_reference",
     "flow_sde_step",
@@ -30,6 +32,8 @@ __all__ = [
     "inverse_reward_reference",
     "outside_support",
     "pack_support",
+    "policy_loss",
+    "policy_loss_reference",
     "sample_tokens",
     "sample_tokens_reference",
     "selected_logprob",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlir import _library
 from rlir.errors import InputError
+from rlir.ops._noise import draw_uniform
 from rlir.ops._support import check_common, input_error, pack_support, truncated
 from rlir.tracing import traced
 
@@ -35,7 +36,7 @@ def sample_tokens(
     The support of a row is ``vocab_range``; of it, the ``top_k`` largest logits; of those, the
     smallest set of the most likely tokens that has ``top_p`` of their mass; of those, the tokens
     with at least ``min_p`` of the largest probability. Among equal logits the lower token is the
-    more likely one. The random number of a row is Philox 4x32-10 of (seed, row id, offset): a row
+    more likely one. The random number of a row is Philox 4x32-10 of (seed, offset, row id): a row
     draws the same token in any batch.
 
     Args:
@@ -44,7 +45,7 @@ def sample_tokens(
         top_k, top_p, min_p: truncation, or None.
         vocab_range: (low, high): only tokens low <= v < high.
         seed: int, or an int64 tensor with one element (so that a captured graph draws anew).
-        offset: likewise; the number of the draw: position in the sequence, step.
+        offset: likewise, below 2^32; the number of the draw: position in the sequence, step.
         row_ids: int64 [N], who a row is, whatever batch it is in; 0, 1, ... if None.
         return_support: also return the support.
 
@@ -112,34 +113,6 @@ def sample_tokens_reference(
     return out if return_support else out[:3]
 
 
-def philox_uniform(seed: int | Tensor, offset: int | Tensor, row_ids: Tensor) -> Tensor:
-    """The uniform number in [0, 1) that each row draws with: float64 [N], of 53 bits.
-
-    The upper bits of words 1 and 0 of Philox 4x32-10 (Salmon et al., SC 2011) with the counter
-    (row id, offset) and the key seed, each as two 32 bit words, the lower first.
-    """
-    mask = 0xFFFFFFFF
-
-    def words(x: int | Tensor) -> tuple[Tensor, Tensor]:
-        whole = torch.as_tensor(x, dtype=torch.int64, device=row_ids.device).reshape(-1)
-        return whole & mask, whole >> 32 & mask
-
-    def product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:  # 32 x 32 bits, by halves of a
-        low, high = (a & 0xFFFF) * b, (a >> 16) * b
-        middle = high + (low >> 16)
-        return middle >> 16 & mask, (middle << 16 & mask) | (low & 0xFFFF)
-
-    c0, c1 = words(row_ids)
-    c2, c3 = words(offset)
-    k0, k1 = words(seed)
-    for _ in range(10):
-        high0, low0 = product(0xD2511F53, c0)
-        high1, low1 = product(0xCD9E8D57, c2)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
-    return ((c1 << 21) | (c0 >> 11)).double() * 2.0**-53
-
-
 def _reference(
     logits: Tensor,
     temperature: float,
@@ -172,7 +145,7 @@ def _reference(
     mass = ((z - z.amax(-1, keepdim=True)).exp().double() * 2.0**32).round()
     cumulative = mass.cumsum(-1)
     rows = torch.arange(n, device=z.device) if row_ids is None else row_ids
-    uniform = philox_uniform(seed, offset, rows)
+    uniform = draw_uniform(seed, offset, rows)
     target = (uniform[:, None] * cumulative[:, -1:]).floor()
     token = torch.searchsorted(cumulative, target, right=True).clamp(max=v - 1)
     return token[:, 0], logp.gather(1, token)[:, 0], entropy, pack_support(inside)
@@ -206,8 +179,10 @@ def _check(
                 )
             if value.device != logits.device:
                 raise InputError(f"{op}: {name} must be on {logits.device}, got {value.device}")
-        elif not 0 <= value < 2**63:
-            raise InputError(f"{op}: {name} must be from 0 and below 2^63, got {value}")
+        else:
+            bits = 63 if name == "seed" else 32
+            if not 0 <= value < 2**bits:
+                raise InputError(f"{op}: {name} must be from 0 and below 2^{bits}, got {value}")
     if row_ids is None:
         return
     if row_ids.dtype != torch.int64:

@@ -18,7 +18,7 @@ LAYERS = (
     "docs/kernels/{op}.md",
 )
 SUFFIXES = {".py", ".pyi", ".h", ".cpp", ".cuh", ".cu"}
-FOLDERS = ("rlir", "csrc", "tests", "benchmarks", "scripts", "tools")
+FOLDERS = ("rlir", "csrc", "tests", "benchmarks", "examples", "scripts", "tools")
 SOURCES = sorted(
     path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in SUFFIXES
 )

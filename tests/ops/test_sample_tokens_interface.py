@@ -72,7 +72,7 @@ HOSTILE: list[tuple[tuple, dict, str]] = [
     ((X,), {"top_p": 1.1}, "top_p must be in (0, 1] or None, got 1.1"),
     ((X,), {"min_p": math.nan}, "min_p must be in [0, 1] or None, got nan"),
     ((X,), {"seed": -1}, "seed must be from 0 and below 2^63, got -1"),
-    ((X,), {"offset": 2**63}, f"offset must be from 0 and below 2^63, got {2**63}"),
+    ((X,), {"offset": 2**32}, f"offset must be from 0 and below 2^32, got {2**32}"),
     (
         (X,),
         {"seed": torch.zeros(2)},

@@ -1,4 +1,4 @@
-"""Loads the compiled op library, which registers ``torch.ops.rlir``.
+"""Loads the compiled op library, which registers ``torch.ops.rlir``, and its CUDA kernels.
 
 Two environment variables force a fallback, for tests and for tracking down a fault:
 ``RLIR_FORCE_REFERENCE=1`` makes every op run its plain PyTorch reference (the library need not
@@ -44,5 +44,30 @@ def load() -> Path:
     return path
 
 
+def load_cuda(ops: Path) -> Path | None:
+    """Load the CUDA kernels beside the op library, if they were built and torch sees a GPU."""
+    path = ops.with_name("librlir_cuda.so")
+    if not path.exists() or not torch.cuda.is_available():
+        return None
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise ImportError(
+            f"rlir: {path.name} does not load in torch {torch.__version__}: {reason}; "
+            f"rebuild it with: {_BUILD}"
+        ) from None
+    return path
+
+
 PATH: Path | None = None if FORCE_REFERENCE else load()
 """Where the loaded library is; None if the reference is forced."""
+
+CUDA: Path | None = None if PATH is None else load_cuda(PATH)
+"""Where the loaded CUDA kernels are; None without a GPU, or if they were not built."""
+
+
+def has_kernels(tensor: torch.Tensor) -> bool:
+    """Whether native kernels take this tensor, for an op that has CUDA kernels."""
+    kind = tensor.device.type
+    return PATH is not None and (kind == "cpu" or (kind == "cuda" and CUDA is not None))

@@ -152,14 +152,23 @@ def _cuda(section: str) -> list[Row]:
     else:
         reason = "no NVIDIA driver or no GPU that torch can use"
         device = Row(section, "cuda device", f"no: {reason}", works=False)
-    try:
-        from rlir import _build_info
+    return [device, _cuda_kernels(section)]
 
-        archs = ", ".join(_build_info.cuda_archs)
-    except ImportError as error:
-        return [device, Row(section, "cuda kernels", f"no: {_reason(error)}", works=False)]
-    text = f"yes: {archs}" if archs else "no: none were built; CUDA tensors use the reference"
-    return [device, Row(section, "cuda kernels", text, works=bool(archs))]
+
+def _cuda_kernels(section: str) -> Row:
+    name = "cuda kernels"
+    try:
+        from rlir import _build_info, _library
+    except (ImportError, ValueError) as error:
+        return Row(section, name, f"no: {_reason(error)}", works=False)
+    archs = ", ".join(_build_info.cuda_archs)
+    if not archs:
+        text = "no: none were built, for want of nvcc; CUDA tensors use the reference"
+        return Row(section, name, text, works=False)
+    if _library.CUDA is None:
+        why = "RLIR_FORCE_REFERENCE is set" if _library.FORCE_REFERENCE else "torch sees no GPU"
+        return Row(section, name, f"no: built for {archs}, not loaded: {why}", works=False)
+    return Row(section, name, f"yes: {archs}")
 
 
 def _optional(section: str) -> list[Row]:

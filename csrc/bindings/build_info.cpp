@@ -27,7 +27,7 @@ PYBIND11_MODULE(_build_info, m) {
   const std::vector<std::string> compiled = {"baseline"};
 #endif
   m.attr("cpu_isas") = py::tuple(py::cast(compiled));
-  m.attr("cuda_archs") = py::tuple();
+  m.attr("cuda_archs") = py::tuple(py::str(RLIR_CUDA_ARCHS).attr("split")());
 
   m.def(
       "cpu_isa_names",

@@ -1,5 +1,6 @@
 #include "core/cpu_isa.h"
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -78,14 +79,18 @@ CpuIsa detect() {
   return CpuIsa::kBaseline;
 }
 
-CpuIsa choose() {
+CpuIsa lowered_to(const char* cap) {
   const CpuIsa best = detected_cpu_isa();
-  const char* cap = std::getenv("RLIR_CPU_ISA");
   if (cap == nullptr) return best;
   for (int i = 0; i < static_cast<int>(best); ++i) {
     if (std::strcmp(cap, cpu_isa_name(static_cast<CpuIsa>(i))) == 0) return static_cast<CpuIsa>(i);
   }
   return best;
+}
+
+std::atomic<CpuIsa>& chosen() {
+  static std::atomic<CpuIsa> isa = lowered_to(std::getenv("RLIR_CPU_ISA"));
+  return isa;
 }
 
 std::string describe() {
@@ -124,9 +129,10 @@ CpuIsa detected_cpu_isa() {
   return isa;
 }
 
-CpuIsa cpu_isa() {
-  static const CpuIsa isa = choose();
-  return isa;
+CpuIsa cpu_isa() { return chosen().load(std::memory_order_relaxed); }
+
+CpuIsa cap_cpu_isa(const char* name) {
+  return chosen().exchange(lowered_to(name), std::memory_order_relaxed);
 }
 
 const char* cpu_features() {

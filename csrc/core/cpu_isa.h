@@ -18,6 +18,10 @@ CpuIsa detected_cpu_isa();
 // here, and loading the library in Python refuses it.
 CpuIsa cpu_isa();
 
+// Lowers what kernels use from now on, as RLIR_CPU_ISA does; returns what they used before. For
+// tests, which run every instruction set in one process.
+CpuIsa cap_cpu_isa(const char* name);
+
 // Features of interest and whether this machine has them, as "name" or "-name" separated by
 // spaces, for people.
 const char* cpu_features();

@@ -3,9 +3,16 @@
 // Included by files that are compiled once per instruction set, so everything here has internal
 // linkage ("static"): an inline function with external linkage would leave one copy per
 // instruction set and the linker would keep any of them, such as the AVX-512 one on an old CPU.
+// CUDA kernels use them too: the same bits.
 #pragma once
 
 #include <stdint.h>
+
+#if defined(__CUDACC__)
+#define RLIR_ANYWHERE __host__ __device__
+#else
+#define RLIR_ANYWHERE
+#endif
 
 namespace rlir {
 
@@ -18,14 +25,14 @@ struct Float16 {
   uint16_t bits;
 };
 
-static inline double load(const double* x) { return *x; }
-static inline double load(const float* x) { return *x; }
+RLIR_ANYWHERE static inline double load(const double* x) { return *x; }
+RLIR_ANYWHERE static inline double load(const float* x) { return *x; }
 
-static inline double load(const BFloat16* x) {
+RLIR_ANYWHERE static inline double load(const BFloat16* x) {
   return __builtin_bit_cast(float, static_cast<uint32_t>(x->bits) << 16);
 }
 
-static inline double load(const Float16* x) {
+RLIR_ANYWHERE static inline double load(const Float16* x) {
   const uint32_t magnitude = x->bits & 0x7fffu, exponent = magnitude >> 10;
   float value;
   if (exponent == 0) {
@@ -39,17 +46,19 @@ static inline double load(const Float16* x) {
 }
 
 // Stores round to nearest, ties to even. The 16 bit formats round twice, by way of float.
-static inline void store(double* out, double value) { *out = value; }
-static inline void store(float* out, double value) { *out = static_cast<float>(value); }
+RLIR_ANYWHERE static inline void store(double* out, double value) { *out = value; }
+RLIR_ANYWHERE static inline void store(float* out, double value) {
+  *out = static_cast<float>(value);
+}
 
-static inline void store(BFloat16* out, double value) {
+RLIR_ANYWHERE static inline void store(BFloat16* out, double value) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, static_cast<float>(value));
   const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   out->bits = static_cast<uint16_t>(nan ? 0x7fc0u : rounded);
 }
 
-static inline void store(Float16* out, double value) {
+RLIR_ANYWHERE static inline void store(Float16* out, double value) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, static_cast<float>(value));
   const uint32_t sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
   uint32_t half;

@@ -57,16 +57,18 @@ def group_advantage(
         Advantages, contiguous, in the shape and dtype of ``rewards``. They are constants: no
         gradient flows back. A row that is masked, or whose reward is NaN or infinite, takes no
         part and gets 0. A group without spread (equal rewards, or a single member) gets exact
-        zeros. On the CPU the bits depend on the rewards of the row's own group alone (and, for
+        zeros. The bits depend on the rewards of the row's own group alone (and, for
         ``scale="batch"``, on the batch), not on threads, instruction set, other groups or rows
-        that take no part.
+        that take no part; the CUDA kernel is written to give those of the CPU.
 
     Raises:
-        InputError: (a ValueError) inputs that do not fit together, in one line.
+        InputError: (a ValueError) inputs that do not fit together, in one line. On CUDA, where
+            looking at the ids would wait for the device, rows of a negative id get NaN and an
+            assertion fails on the device.
     """
     rewards = rewards.detach()
     _check(rewards, group_ids, group_size, scale, baseline, eps, clip, mask)
-    if _library.FORCE_REFERENCE or rewards.device.type != "cpu":
+    if not _library.has_kernels(rewards):
         return _reference(
             rewards, group_ids, group_size, scale, baseline, eps, clip, mask, unbiased
         )

@@ -13,6 +13,7 @@ from building import ROOT, Built, environment, run_apart
 
 CPU_SOURCES = sorted((ROOT / "csrc" / "cpu").iterdir())
 # Headers of the C library and intrinsics: nothing of torch, and no C++ templates.
+CUDA_SOURCES = sorted(p for p in (ROOT / "csrc" / "cuda").iterdir() if p.suffix != ".cmake")
 FREE = {"stddef.h", "stdint.h", "string.h", "immintrin.h"}
 
 
@@ -25,6 +26,14 @@ def test_kernels_include_neither_torch_nor_templates(source: Path) -> None:
     assert {name for mark, name in found if mark == "<"} <= FREE
     own = [name for mark, name in found if mark == '"']
     assert all(name.startswith(("core/", "cpu/")) for name in own)
+
+
+@pytest.mark.parametrize("source", CUDA_SOURCES, ids=lambda p: p.name)
+def test_cuda_kernels_do_not_include_torch(source: Path) -> None:
+    found = re.findall(r'#\s*include\s*([<"])([^>"]+)', source.read_text())
+    assert {name for mark, name in found if mark == "<"} <= {*FREE, "assert.h", "cuda_runtime.h"}
+    own = [name for mark, name in found if mark == '"']
+    assert all(name.startswith(("core/", "cpu/", "cuda/", "emu/")) for name in own)
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm (binutils) is not installed")
@@ -47,7 +56,8 @@ def test_kernels_share_no_symbols_between_instruction_sets(built: Built) -> None
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf (binutils) is not installed")
 def test_libraries_hold_no_paths_of_this_machine(built: Built) -> None:
     libraries = sorted((built.site / "rlir").glob("*.so"))
-    assert [p.name.split(".")[0] for p in libraries] == ["_build_info", "librlir_ops"]
+    names = [p.name.split(".")[0] for p in libraries]
+    assert [n for n in names if n != "librlir_cuda"] == ["_build_info", "librlir_ops"]
     for path in libraries:
         read = ["readelf", "--dynamic", str(path)]
         dynamic = subprocess.run(read, capture_output=True, text=True, check=True).stdout
@@ -69,6 +79,41 @@ def test_wheel_holds_the_package_and_nothing_else(built: Built) -> None:
     assert {str(p.relative_to(ROOT)) for p in sources} <= names
     assert {"rlir/py.typed", "rlir/_build_info.pyi"} <= names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"rlir"}
+
+
+def test_cuda_kernels_are_in_a_library_of_their_own(built: Built) -> None:
+    """Built wherever nvcc is; it loads where torch has no CUDA at all, and says what it was for."""
+    library = built.site / "rlir" / "librlir_cuda.so"
+    cache = (built.build / "CMakeCache.txt").read_text()
+    compiler = re.search(r"^CMAKE_CUDA_COMPILER:\w+=(.*)$", cache, re.MULTILINE)
+    assert library.exists() == (compiler is not None and not compiler[1].endswith("NOTFOUND"))
+    code = "from rlir import _build_info as b; print(*b.cuda_archs)"
+    archs = run_apart(built.site, "-c", code).stdout.split()
+    if not library.exists():
+        assert archs == []
+        pytest.skip("nvcc is not installed: no CUDA kernels were built")
+    assert archs == ["80-real", "90-real", "100-real", "120-real", "100-virtual"]
+    code = f"""
+import torch, rlir.ops
+torch.ops.load_library({str(library)!r})
+print(torch._C._dispatch_has_kernel_for_dispatch_key("rlir::group_advantage", "CUDA"))
+"""
+    done = run_apart(built.site, "-c", code)
+    assert done.stdout == "True\n", done.stderr
+    if shutil.which("readelf") is not None:
+        read = ["readelf", "--dynamic", str(library)]
+        dynamic = subprocess.run(read, capture_output=True, text=True, check=True).stdout
+        assert "cudart" not in dynamic
+
+
+def test_cuda_can_be_left_out_in_one_line(tmp_path: Path) -> None:
+    for options, why in (
+        (["-DRLIR_CUDA=OFF"], "RLIR_CUDA is OFF"),
+        (["-DCMAKE_CUDA_COMPILER=/nonexistent/nvcc"], "no nvcc that works was found"),
+    ):
+        lines = configured(tmp_path / why.split()[0], *options).stdout.splitlines()
+        found = [line.removeprefix("-- ") for line in lines if "CUDA" in line and "rlir" in line]
+        assert found == [f"rlir: CUDA was left out: {why}; CUDA tensors use PyTorch"]
 
 
 def test_wheel_works_outside_the_source_tree(built: Built) -> None:
@@ -137,11 +182,11 @@ def test_the_instruction_set_can_only_be_lowered(built: Built, isa: str) -> None
 # --- Errors of building --------------------------------------------------------------------------
 
 
-def configure(tmp_path: Path, *options: str, **changes: str) -> str:
-    """Configure with CMake, which must fail; the one line that says why."""
+def configured(tmp_path: Path, *options: str, **changes: str) -> subprocess.CompletedProcess[str]:
+    """Configure with CMake."""
     cmake = shutil.which("cmake", path=environment()["PATH"])
     assert cmake is not None
-    done = subprocess.run(
+    return subprocess.run(
         [
             cmake,
             *("-S", str(ROOT), "-B", str(tmp_path / "build"), "-G", "Ninja"),
@@ -153,6 +198,11 @@ def configure(tmp_path: Path, *options: str, **changes: str) -> str:
         text=True,
         check=False,
     )
+
+
+def configure(tmp_path: Path, *options: str, **changes: str) -> str:
+    """Configure with CMake, which must fail; the one line that says why."""
+    done = configured(tmp_path, *options, **changes)
     assert done.returncode != 0
     lines = [line.strip() for line in done.stderr.splitlines()]
     (line,) = [line for line in lines if line.startswith("rlir: ")]

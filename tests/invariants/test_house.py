@@ -17,6 +17,11 @@ LAYERS = (
     "benchmarks/bench_{op}.py",
     "docs/kernels/{op}.md",
 )
+CUDA_LAYERS = ("csrc/cuda/{op}.cuh", "csrc/cuda/{op}.cu", "csrc/ops/{op}_cuda.cpp")
+CUDA_OPS = re.findall(
+    r"\w+",
+    re.search(r"RLIR_CUDA_OPS ([^)]*)", (ROOT / "csrc/cuda/ops.cmake").read_text())[1],
+)
 SUFFIXES = {".py", ".pyi", ".h", ".cpp", ".cuh", ".cu"}
 FOLDERS = ("rlir", "csrc", "tests", "benchmarks", "examples", "scripts", "tools")
 SOURCES = sorted(
@@ -60,6 +65,13 @@ def test_there_are_ops() -> None:
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("op", OPS)
 def test_an_op_has_its_name_in_every_layer(op: str, layer: str) -> None:
+    assert (ROOT / layer.format(op=op)).is_file()
+
+
+@pytest.mark.parametrize("layer", CUDA_LAYERS)
+@pytest.mark.parametrize("op", CUDA_OPS)
+def test_a_cuda_op_has_its_name_in_every_layer(op: str, layer: str) -> None:
+    assert op in OPS
     assert (ROOT / layer.format(op=op)).is_file()
 
 

@@ -1,4 +1,7 @@
-"""selected_logprob: the reference and the CPU kernels against float64; gradients; bits."""
+"""selected_logprob: the reference and the CPU kernels against float64; gradients; bits.
+
+Longer than most: forward and backward, every option of the support, one kernel.
+"""
 
 import json
 import math

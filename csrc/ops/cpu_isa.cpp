@@ -1,0 +1,21 @@
+// rlir::cap_cpu_isa(isa) -> the one before: which build of the CPU kernels runs, for tests.
+#include "core/cpu_isa.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+namespace rlir {
+namespace {
+
+std::string cap_cpu_isa_op(std::string isa) { return cpu_isa_name(cap_cpu_isa(isa.c_str())); }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(rlir, m) { m.def("cap_cpu_isa(str isa) -> str"); }
+
+STABLE_TORCH_LIBRARY_IMPL(rlir, CompositeExplicitAutograd, m) {
+  m.impl("cap_cpu_isa", TORCH_BOX(&cap_cpu_isa_op));
+}
+
+}  // namespace rlir

@@ -1,0 +1,119 @@
+"""The backends an op can run on, for tests: one parametrisation over all of them.
+
+``reference`` is the plain PyTorch function; ``cpu-<set>`` the native kernel of each instruction
+set this machine has; ``emu`` the CUDA kernel in the emulator, ``emu-checked`` the same with the
+detector of races and wrong accesses, in another order of threads; ``cuda`` a real GPU, skipped
+where there is none. In tests/ops/test_<op>.py:
+
+    backends = backends_of(my_op, my_op_reference)
+
+    @backends
+    def test_something(op: Backend) -> None:
+        assert op(x)...
+
+An op without a CUDA kernel (csrc/cuda/ops.cmake) leaves out the last three by itself. ``op`` calls
+the public function, so checks, strides and autograd go the whole way. Where a gradient is wanted,
+put call and backward into ``with op.active():``, which holds the backend in place.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from cudacheck.emulator import cuda_ops, emulated
+from torch import Tensor
+
+from rlir import _build_info, _library
+
+
+@contextlib.contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    """CPU kernels of one instruction set, or a lower one that this process is held to."""
+    before = torch.ops.rlir.cap_cpu_isa(name)
+    try:
+        yield
+    finally:
+        torch.ops.rlir.cap_cpu_isa(before)
+
+
+def _moved(value: Any, device: str) -> Any:
+    """Tensors of an argument or result on another device, under the same strides."""
+    if isinstance(value, Tensor):
+        return value if value.is_meta else value.to(device)
+    if isinstance(value, tuple | list):
+        return type(value)(_moved(v, device) for v in value)
+    return value
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An op on one backend: called like the public function."""
+
+    name: str
+    function: Callable[..., Any]
+
+    @property
+    def is_reference(self) -> bool:
+        return self.name == "reference"
+
+    @property
+    def is_emulated(self) -> bool:
+        return self.name.startswith("emu")
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Ops called in this context, and their backward, run on this backend."""
+        kind, _, which = self.name.partition("-")
+        with contextlib.ExitStack() as stack:
+            if kind == "cpu":
+                stack.enter_context(instruction_set(which))
+            elif kind == "emu":
+                stack.enter_context(
+                    emulated("checked", "random", seed=3) if which else emulated("plain")
+                )
+            yield
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        if self.name == "cuda":
+            args = tuple(_moved(a, "cuda") for a in args)
+            options = {k: _moved(v, "cuda") for k, v in options.items()}
+            return _moved(self.function(*args, **options), "cpu")
+        with self.active():
+            return self.function(*args, **options)
+
+
+def instruction_sets() -> list[str]:
+    """Those that are compiled and that this machine has."""
+    best = _library.CPU_ISAS.index(_build_info.detected_cpu_isa())
+    return [isa for isa in _build_info.cpu_isas if _library.CPU_ISAS.index(isa) <= best]
+
+
+def all_backends(op: Callable[..., Any], reference: Callable[..., Any]) -> list[Backend]:
+    """Every backend of an op, whether or not it can run here."""
+    found = [Backend("reference", reference)]
+    found += [Backend(f"cpu-{isa}", op) for isa in instruction_sets()]
+    if op.__name__ in cuda_ops():
+        found += [Backend(name, op) for name in ("emu", "emu-checked", "cuda")]
+    return found
+
+
+def backends_of(
+    op: Callable[..., Any],
+    reference: Callable[..., Any],
+    *,
+    only: Callable[[Backend], bool] = lambda backend: True,
+) -> pytest.MarkDecorator:
+    """Parametrises the argument ``op`` of a test over the backends of an op."""
+    no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+    chosen = [b for b in all_backends(op, reference) if only(b)]
+    return pytest.mark.parametrize(
+        "op",
+        [
+            pytest.param(b, marks=[pytest.mark.gpu, no_gpu] if b.name == "cuda" else [])
+            for b in chosen
+        ],
+        ids=[b.name for b in chosen],
+    )

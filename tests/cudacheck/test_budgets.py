@@ -1,0 +1,101 @@
+"""Static budgets of the CUDA kernels on every architecture: no spills, few registers, enough blocks
+per multiprocessor, wide loads where they are meant. A new kernel gets a line in BUDGETS."""
+
+import re
+from dataclasses import dataclass
+
+import pytest
+
+from cudacheck import toolkit
+from cudacheck.emulator import cuda_ops
+
+
+@dataclass(frozen=True)
+class Budget:
+    threads: int
+    """Of a block."""
+    registers: int
+    """At most, on every architecture."""
+    blocks: int
+    """Per multiprocessor at least."""
+    dynamic: int = 0
+    """Bytes of dynamic shared memory, at most."""
+    shared: int = 0
+    """Bytes of static shared memory, at most."""
+    has: tuple[str, ...] = ()
+    """Regular expressions of machine code that must be there."""
+
+
+WIDE = (r"LDGSTS\S*\.128", r"LDS\S*\.128", r"STG\S*\.128")
+BUDGETS: dict[str, dict[str, Budget]] = {
+    "group_advantage": {
+        "batch_kernel": Budget(threads=16, registers=64, blocks=16),
+        "scattered_kernel": Budget(threads=128, registers=72, blocks=7),
+        "tile_kernel": Budget(threads=128, registers=64, blocks=8, dynamic=8192, has=WIDE),
+    },
+}
+"""op -> kernel, without template arguments -> budget."""
+
+# Per multiprocessor: threads, bytes of shared memory, blocks (CUDA C++ Programming Guide,
+# "Technical Specifications per Compute Capability"). All have 65,536 registers, given out by 256
+# to a warp, and reserve 1 KiB of shared memory a block.
+LIMITS = {
+    "sm_80": (2048, 164 << 10, 32),
+    "sm_90": (2048, 228 << 10, 32),
+    "sm_100": (2048, 228 << 10, 32),
+    "sm_120": (1536, 100 << 10, 24),
+}
+
+
+def blocks_per_multiprocessor(arch: str, threads: int, registers: int, shared: int) -> int:
+    most_threads, most_shared, most_blocks = LIMITS[arch]
+    warps = -(-threads // 32)
+    per_warp = -(-registers * 32 // 256) * 256
+    # Registers belong to four partitions; a warp stays in one.
+    by_registers = 65536 // 4 // per_warp * 4 // warps
+    by_shared = most_shared // (-(-shared // 128) * 128 + 1024)
+    return min(most_threads // 32 // warps, by_registers, by_shared, most_blocks)
+
+
+def test_occupancy_of_known_cases() -> None:
+    """As NVIDIA's occupancy calculator has it."""
+    assert blocks_per_multiprocessor("sm_80", 128, 32, 0) == 16
+    assert blocks_per_multiprocessor("sm_80", 256, 64, 0) == 4
+    assert blocks_per_multiprocessor("sm_80", 128, 138, 40960) == 3
+    assert blocks_per_multiprocessor("sm_90", 1024, 64, 0) == 1
+    assert blocks_per_multiprocessor("sm_120", 32, 16, 0) == 24
+
+
+def test_every_kernel_has_a_budget() -> None:
+    assert set(BUDGETS) == set(cuda_ops())
+    for op in BUDGETS:
+        text = (toolkit.CSRC / "cuda" / f"{op}.cu").read_text()
+        found = re.findall(r"__global__ void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(", text)
+        assert set(found) == set(BUDGETS[op])
+
+
+@pytest.mark.parametrize("arch", toolkit.ARCHS)
+@pytest.mark.parametrize("op", BUDGETS)
+def test_kernels_keep_to_their_budget(op: str, arch: str) -> None:
+    source = toolkit.CSRC / "cuda" / f"{op}.cu"
+    usage = toolkit.usage(source, arch)
+    code = toolkit.machine_code(source, arch)
+    assert {name.split("<")[0] for name in usage} == set(BUDGETS[op])
+    for name, used in usage.items():
+        budget = BUDGETS[op][name.split("<")[0]]
+        assert used.spilled == 0, name
+        assert used.stack == 0, name
+        assert used.registers <= budget.registers, f"{name}: {used.registers} registers"
+        assert used.shared <= budget.shared, f"{name}: {used.shared} bytes of shared memory"
+        shared = used.shared + budget.dynamic
+        blocks = blocks_per_multiprocessor(arch, budget.threads, used.registers, shared)
+        assert blocks >= budget.blocks, f"{name}: {blocks} blocks per multiprocessor"
+        for pattern in budget.has if code else ():
+            assert any(re.match(pattern, opcode) for opcode in code[name]), f"{name}: no {pattern}"
+
+
+def test_the_copies_of_the_ptx_are_wide() -> None:
+    """What can be said without nvdisasm."""
+    text = toolkit.ptx(toolkit.CSRC / "cuda" / "group_advantage.cu", "sm_80")
+    assert re.search(r"cp\.async\.cg\.shared\.global \[%r\d+\], \[%rd\d+\], 16, %r\d+;", text)
+    assert re.search(r"st\.global\.v4\.\w32", text)

@@ -204,6 +204,10 @@ inline T __ldcs(const T* p) {
   return *p;
 }
 template <typename T>
+inline void __stcg(T* p, T v) {
+  *p = v;
+}
+template <typename T>
 inline void __stcs(T* p, T v) {
   *p = v;
 }

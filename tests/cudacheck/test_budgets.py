@@ -28,6 +28,9 @@ class Budget:
 
 WIDE = (r"LDGSTS\S*\.128", r"LDS\S*\.128", r"STG\S*\.128")
 BUDGETS: dict[str, dict[str, Budget]] = {
+    "decode_actions": {
+        "decode_kernel": Budget(threads=256, registers=56, blocks=4, shared=1536),
+    },
     "flow_sde_step": {
         "step_kernel": Budget(threads=256, registers=64, blocks=4, shared=18456),
         "finish_kernel": Budget(threads=32, registers=48, blocks=24),
@@ -37,6 +40,9 @@ BUDGETS: dict[str, dict[str, Budget]] = {
         "batch_kernel": Budget(threads=16, registers=64, blocks=16),
         "scattered_kernel": Budget(threads=128, registers=72, blocks=7),
         "tile_kernel": Budget(threads=128, registers=64, blocks=8, dynamic=8192, has=WIDE),
+    },
+    "inverse_reward": {
+        "reward_kernel": Budget(threads=128, registers=80, blocks=6, shared=2624),
     },
 }
 """op -> kernel, without template arguments -> budget."""

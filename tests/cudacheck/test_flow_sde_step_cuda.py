@@ -145,6 +145,6 @@ def test_planted_faults_are_found_in_the_ptx(fault: str) -> None:
     call = Call(torch.float32, 200, "dance", 0.3, scored=False)
     step = toolkit.kernels(SOURCE, "sm_80", f"RLIR_FAULT_{fault}")["step_kernel<float, 1>"]
     outputs = [call.mean, call.next, call.partials]
+    inputs = [*call.inputs, *call.numbers]
     with pytest.raises(PtxError, match="race"):
-        inputs = [*call.inputs, *call.numbers]
         run(step, [2], [256], [call.forward()], inputs=inputs, outputs=outputs)

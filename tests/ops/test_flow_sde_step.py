@@ -1,4 +1,7 @@
-"""flow_sde_step: the reference, CPU and CUDA kernels against the published formulas."""
+"""flow_sde_step: the reference, CPU and CUDA kernels against the published formulas.
+
+Longer than most: one parametrisation over all backends serves values, noise, gradients and errors.
+"""
 
 import math
 from collections.abc import Callable

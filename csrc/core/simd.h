@@ -81,6 +81,7 @@ RLIR_ANYWHERE static inline Vl shift_left(Vl x, int n) {
 }
 RLIR_ANYWHERE static inline Vf fma(Vf a, Vf b, Vf c) { return ::fmaf(a, b, c); }
 RLIR_ANYWHERE static inline Vd fma(Vd a, Vd b, Vd c) { return ::fma(a, b, c); }
+RLIR_ANYWHERE static inline Vf select(bool mask, Vf a, Vf b) { return mask ? a : b; }
 
 #else
 

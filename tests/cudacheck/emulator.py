@@ -31,7 +31,7 @@ BUILD = ROOT / "build" / "emu"
 PROBES = sorted((Path(__file__).parent / "probes").glob("*.cu"))
 FAULTS = (
     *("flow_sde_step:NOISE", "flow_sde_step:BARRIER"),
-    "inverse_reward:BARRIER",
+    *("inverse_reward:BARRIER", "sample_tokens:BARRIER"),
     *("group_advantage:TAIL", "group_advantage:WAIT", "group_advantage:BARRIER"),
 )
 """Faults that a kernel's own file can have planted (RLIR_FAULT_<name>), as "op:name"."""

@@ -44,6 +44,11 @@ BUDGETS: dict[str, dict[str, Budget]] = {
     "inverse_reward": {
         "reward_kernel": Budget(threads=128, registers=80, blocks=6, shared=2624),
     },
+    "sample_tokens": {  # shared memory for 4096 tokens
+        "sample_kernel": Budget(
+            threads=512, registers=112, blocks=1, dynamic=33152, shared=1920, has=(r"LDG\S*\.128",)
+        ),
+    },
 }
 """op -> kernel, without template arguments -> budget."""
 

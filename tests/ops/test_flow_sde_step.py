@@ -1,6 +1,7 @@
 """flow_sde_step: the reference, CPU and CUDA kernels against the published formulas.
 
-Longer than most: one parametrisation over all backends serves values, noise, gradients and errors.
+This file is longer than most: one parametrisation over all backends serves values, noise,
+gradients and errors.
 """
 
 import math

@@ -28,6 +28,9 @@ class EvaluationConfig:
     """Held-out clips of maps that training saw."""
     unseen_clips: int = 128
     """Held-out clips of maps that training never saw, reported beside; 0 leaves them out."""
+    samples: int = 1
+    """Continuations of every clip, each from a seed of its own: most of what moves a figure from
+    one evaluation to the next is the draw."""
     frames: int = 5
     """Frames of a clip: one prompt frame and the generated ones."""
     temperature: float = 1.0
@@ -42,7 +45,8 @@ class EvaluationConfig:
     """Seeds the choice of clips and the sampling."""
 
     def __post_init__(self) -> None:
-        for name, least in (("clips", 1), ("unseen_clips", 0), ("frames", 2), ("draws", 1)):
+        limits = {"clips": 1, "unseen_clips": 0, "samples": 1, "frames": 2, "draws": 1}
+        for name, least in limits.items():
             if getattr(self, name) < least:
                 raise InputError(
                     f"evaluation: {name} must be at least {least}, got {getattr(self, name)}"
@@ -116,6 +120,10 @@ class Evaluator:
         """What both models read off the world model's continuations."""
         with span("evaluate", count or len(self.codes)):
             return self.score_codes(self.continuations(model, count, seed=seed))
+
+    def score_samples(self, model: WorldModel) -> list[Scored]:
+        """``config.samples`` continuations of every clip, scored."""
+        return [self.score(model, seed=seed) for seed in range(self.config.samples)]
 
     def _scored(self, frames: Tensor, shown: np.ndarray, n: int) -> Scored:
         readings = {}

@@ -1,6 +1,6 @@
 """selected_logprob: the reference and the CPU kernels against float64; gradients; bits.
 
-Longer than most: forward and backward, every option of the support, one kernel.
+This file is longer than most: forward and backward, every option of the support, one kernel.
 """
 
 import json

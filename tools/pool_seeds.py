@@ -4,7 +4,8 @@
 
 Evaluates the embedded base and each run's checkpoint on the held-out clips of the first run, with
 the preset's seeds, and prints each run's change and the pooled one with paired 95% intervals: a
-clip is drawn together with all its continuations.
+clip is drawn together with all its continuations. Fréchet distances are not pooled: they fall
+with the number of distinct pictures, of which the runs have more than the one base.
 """
 
 import argparse
@@ -20,7 +21,8 @@ from rlir.post_train import open_sets
 from rlir.presets import preset
 
 KEYS = ("judge_f1_macro", "judge_reward", "reward_f1_macro", "judge_camera_l1", "psnr", "ssim")
-KEYS += ("frechet_judge_idm", "frechet_reward_idm", "motion", "brightness")
+KEYS += ("motion", "brightness")
+FRECHET = ("frechet_judge_idm", "frechet_reward_idm")
 
 
 def main() -> None:
@@ -37,13 +39,13 @@ def main() -> None:
     posts: list[list[Scored]] = []
     for run in arguments.runs:
         posts.append(test.score_samples(load_world_model(run / "checkpoint" / "world-model")))
-        show(str(run), base, posts[-1])
-    show("pooled", base * len(posts), [scored for post in posts for scored in post])
+        show(str(run), base, posts[-1], KEYS + FRECHET)
+    show("pooled", base * len(posts), [scored for post in posts for scored in post], KEYS)
 
 
-def show(name: str, base: list[Scored], post: list[Scored]) -> None:
+def show(name: str, base: list[Scored], post: list[Scored], keys: tuple[str, ...]) -> None:
     changes = gains(base, post)
-    for key in KEYS:
+    for key in keys:
         change = changes[key]
         low, high = change["ci95"] or (float("nan"), float("nan"))
         console.out(

@@ -22,6 +22,11 @@ from rlir.rollout.loop import Rollouts, check_rollout, inference_copy, row_numbe
 from rlir.tracing import span
 
 
+def rollout_seed(seed: int, number: int) -> int:
+    """The key of one batch of rollouts: of a run's seed, below 2^31, and a number below 2^32."""
+    return seed << 32 | number
+
+
 @dataclass(frozen=True)
 class _Packed:
     """A policy as the kernels want it: ten weights, eleven sizes (csrc/ops/decoder.cpp)."""
@@ -118,7 +123,7 @@ class RolloutEngine:
         per = 2 if word == torch.int32 else 1
         pairs = self._packed.sizes[-1] == 1  # positions come in pairs
         count = (positions + pairs) // (1 + pairs) * (1 + pairs) // per
-        k = torch.empty(*shape, -(-positions // 16), dim // per, 16, dtype=word)
+        k = torch.empty(*shape, -(-positions // 64), dim // per, 64, dtype=word)
         return k, torch.empty(*shape, count, -(-dim // 16) * 16, dtype=word)
 
     def _draw(

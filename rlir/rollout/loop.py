@@ -131,9 +131,7 @@ def check_rollout(
         )
     if not 0 <= seed < 2**63:
         raise InputError(f"rollout: seed must be from 0 and below 2^63, got {seed}")
-    if row_ids is not None and (
-        row_ids.dtype != torch.int64 or row_ids.shape != (p * group_size,)
-    ):
+    if row_ids is not None and (row_ids.dtype != torch.int64 or row_ids.shape != (p * group_size,)):
         raise InputError(
             f"rollout: row_ids must be int64 [{p * group_size}], "
             f"got {row_ids.dtype} of shape {tuple(row_ids.shape)}"

@@ -12,7 +12,7 @@ namespace rlir::cpu {
 namespace {  // nothing here may be shared between instruction sets
 
 #if defined(__AVX512F__)
-constexpr int kScoreBlocks = 4;   // blocks of 16 positions at a time
+constexpr int kScoreBlocks = 4;   // 16 positions each, at a time
 constexpr int kValueVectors = 4;  // vectors of d at a time
 #elif defined(__AVX2__) && defined(__FMA__)
 constexpr int kScoreBlocks = 2;
@@ -21,25 +21,40 @@ constexpr int kValueVectors = 4;
 constexpr int kScoreBlocks = 1;
 constexpr int kValueVectors = 4;
 #endif
+constexpr int64_t kKeyGroup = 64;         // positions whose keys lie together: [words of d][64]
 constexpr float kLeastWeight = 0x1p-100f;  // softmax weights below are 0: none is subnormal
 
-// Positions 0 .. count - 1 of one head of one sequence.
+// Positions 0 .. count - 1 of one head of one sequence. A cache is read once a step, faster than
+// memory brings it by itself: while a segment is read, the same places of the next one are asked
+// for (next_k, next_v; those of the segment itself where there is none).
 template <typename F>
 struct Segment {
   const typename F::Word *k, *v;
   int64_t count;
+  const typename F::Word *next_k, *next_v;
 };
 
+template <int kVectors16>
+inline void ask_for(const void* x) {  // whole lines of 64 bytes
+#pragma GCC unroll 4
+  for (int i = 0; i < kVectors16; ++i) {
+    __builtin_prefetch(static_cast<const char*>(x) + 64 * i, 0, 2);
+  }
+}
+
+// Not inlined: amid other code the compiler runs out of registers and spills in the loop.
 template <typename F, int kQueries, int kBlocks>
-inline void score_blocks(float* const* scores, const typename F::Word* const* q,
-                         const typename F::Word* k, int64_t words) {
+__attribute__((noinline)) void score_blocks(float* const* scores, const typename F::Word* const* q,
+                         const typename F::Word* k, const typename F::Word* next,
+                         int64_t words) {
   constexpr int kParts = kBlocks * kPer16;
   Vf sums[kQueries][kParts] = {};
   for (int64_t w = 0; w < words; ++w) {
     typename F::Lanes lanes[kParts];
+    ask_for<kBlocks>(next + w * kKeyGroup);
 #pragma GCC unroll 8
     for (int i = 0; i < kParts; ++i) {
-      lanes[i] = F::load_lanes(k + (i / kPer16 * words + w) * 16 + i % kPer16 * kWidth);
+      lanes[i] = F::load_lanes(k + w * kKeyGroup + i * kWidth);
     }
 #pragma GCC unroll 2
     for (int j = 0; j < kQueries; ++j) {
@@ -59,22 +74,26 @@ inline void score_blocks(float* const* scores, const typename F::Word* const* q,
 template <typename F, int kQueries>
 inline void scores_of(float* const* scores, const typename F::Word* const* q,
                       const Segment<F>& seen, int64_t words) {
-  const int64_t blocks = (seen.count + 15) / 16;
-  int64_t b = 0;
+  const int64_t end = round_up(seen.count, 16);
   float* at[kQueries];
-  for (; b + kScoreBlocks <= blocks; b += kScoreBlocks) {
-    for (int j = 0; j < kQueries; ++j) at[j] = scores[j] + b * 16;
-    score_blocks<F, kQueries, kScoreBlocks>(at, q, seen.k + b * words * 16, words);
-  }
-  for (; b < blocks; ++b) {
-    for (int j = 0; j < kQueries; ++j) at[j] = scores[j] + b * 16;
-    score_blocks<F, kQueries, 1>(at, q, seen.k + b * words * 16, words);
+  for (int64_t i = 0; i < end;) {
+    const int64_t start = i / kKeyGroup * kKeyGroup * words + i % kKeyGroup;
+    const auto *k = seen.k + start, *next = seen.next_k + start;
+    for (int j = 0; j < kQueries; ++j) at[j] = scores[j] + i;
+    if (i + kScoreBlocks * 16 <= end) {  // a divisor of the group: whole ones stay within
+      score_blocks<F, kQueries, kScoreBlocks>(at, q, k, next, words);
+      i += kScoreBlocks * 16;
+    } else {
+      score_blocks<F, kQueries, 1>(at, q, k, next, words);
+      i += 16;
+    }
   }
 }
 
 template <typename F, int kQueries, int kUsed>
-inline void value_lanes(float* const* out, const typename F::Word* const* weights,
-                        const typename F::Word* v, int64_t words, int64_t stride) {
+__attribute__((noinline)) void value_lanes(float* const* out, const typename F::Word* const* weights,
+                        const typename F::Word* v, const typename F::Word* next, int64_t words,
+                        int64_t stride) {
   Vf sums[kQueries][kUsed];
 #pragma GCC unroll 2
   for (int j = 0; j < kQueries; ++j) {
@@ -83,6 +102,7 @@ inline void value_lanes(float* const* out, const typename F::Word* const* weight
   }
   for (int64_t w = 0; w < words; ++w) {
     typename F::Lanes lanes[kUsed];
+    ask_for<(kUsed + kPer16 - 1) / kPer16>(next + w * stride);
 #pragma GCC unroll 4
     for (int i = 0; i < kUsed; ++i) lanes[i] = F::load_lanes(v + w * stride + i * kWidth);
 #pragma GCC unroll 2
@@ -107,19 +127,19 @@ inline void add_values(float* const* out, const typename F::Word* const* weights
   for (int64_t lane = 0; lane < stride; lane += kValueVectors * kWidth) {
     float* at[kQueries];
     for (int j = 0; j < kQueries; ++j) at[j] = out[j] + lane;
-    const auto* v = seen.v + lane;
+    const auto *v = seen.v + lane, *next = seen.next_v + lane;
     switch (at_most((stride - lane) / kWidth, kValueVectors)) {
       case 4:
-        value_lanes<F, kQueries, 4>(at, weights, v, words, stride);
+        value_lanes<F, kQueries, 4>(at, weights, v, next, words, stride);
         break;
       case 3:
-        value_lanes<F, kQueries, 3>(at, weights, v, words, stride);
+        value_lanes<F, kQueries, 3>(at, weights, v, next, words, stride);
         break;
       case 2:
-        value_lanes<F, kQueries, 2>(at, weights, v, words, stride);
+        value_lanes<F, kQueries, 2>(at, weights, v, next, words, stride);
         break;
       default:
-        value_lanes<F, kQueries, 1>(at, weights, v, words, stride);
+        value_lanes<F, kQueries, 1>(at, weights, v, next, words, stride);
     }
   }
 }

@@ -36,7 +36,7 @@ DecoderSizes sizes_of(const Decoder& m, int64_t rows, int64_t capacity, int64_t 
   DecoderSizes s;
   s.panel = kPanel;
   s.values_per_word = F::kPerWord;
-  s.keys = (capacity + 15) / 16 * 16 * words_for<F>(m.head_dim);
+  s.keys = round_up(capacity, kKeyGroup) * words_for<F>(m.head_dim);
   s.values = words_of<F>(capacity, F::kSwapped) * round_up(m.head_dim, 16);
   s.scratch = space_of(m, rows, seen).total;
   s.stride = round_up(m.hidden, 16);
@@ -86,8 +86,9 @@ void product(const typename F::Word* rows, int64_t count, int64_t depth, const v
   const auto* panels = static_cast<const typename F::Word*>(weight);
   for (int64_t first = 0; first < outputs; first += kPanel) {
     const int64_t lanes = at_most(round_up(outputs - first, 16), kPanel);
-    panel_product<F>(c, rows, row_words<F>(depth), count, panels + first * words, words,
-                     static_cast<int>(lanes), false);
+    const auto* panel = panels + first * words;
+    panel_product<F>(c, rows, row_words<F>(depth), count, panel, words, static_cast<int>(lanes),
+                     false, panel + kPanel * words);
     done(first, lanes, c);
   }
 }
@@ -124,8 +125,9 @@ void mlp(const Decoder& m, const typename F::Word* h, int64_t count, const void*
   float* other = c + round_up(count, kRows) * kPanel;
   product<F>(h, count, m.hidden, up, m.mlp, c,
              [&](int64_t first, int64_t lanes, const float* tile) {
-               panel_product<F>(other, h, row_words<F>(m.hidden), count, g + first * words, words,
-                                static_cast<int>(lanes), false);
+               const auto* panel = g + first * words;
+               panel_product<F>(other, h, row_words<F>(m.hidden), count, panel, words,
+                                static_cast<int>(lanes), false, panel + kPanel * words);
                for (int64_t row = 0; row < count; ++row) {
                  for (int64_t i = 0; i < lanes; i += kWidth) {
                    const int64_t at = row * kPanel + i;
@@ -155,9 +157,10 @@ class Attention {
   Attention(const Decoder& m, const DecoderCache& shared, const DecoderCache& own, int64_t layer)
       : m_(m), shared_(shared), own_(own), layer_(layer) {}
 
-  // One row: its key and value go to its cache; out [D] words are what its queries find.
-  void row(const DecoderRow& row, const float* qkv, Word* q, float* heads, float* scratch,
-           Word* out) const {
+  // One row: its key and value go to its cache; out [D] words are what its queries find. `next` is
+  // the row that comes after.
+  void row(const DecoderRow& row, const DecoderRow& next, const float* qkv, Word* q, float* heads,
+           float* scratch, Word* out) const {
     const int64_t dim = m_.head_dim, padded = round_up(dim, 16), group = m_.heads / m_.kv_heads;
     const float* cosine = m_.rotary + row.position * dim;
     const float* sine = cosine + m_.positions * dim;
@@ -171,7 +174,10 @@ class Attention {
       rotate(qkv + (m_.heads + h) * dim, cosine, sine, dim, spare);
       append(row, h, spare, qkv + (m_.heads + m_.kv_heads + h) * dim, spare + padded);
       const Segment<F> shared = segment(shared_, row.shared, h, row.shared_count);
-      const Segment<F> own = segment(own_, row.own, h, row.own_count);
+      Segment<F> own = segment(own_, row.own, h, row.own_count);
+      const bool last = h + 1 == m_.kv_heads;
+      own.next_k = keys(own_, last ? next.own : row.own, last ? 0 : h + 1);
+      own.next_v = values(own_, last ? next.own : row.own, last ? 0 : h + 1);
       float* to[2];
       const Word* from[2];
       for (int64_t j = 0; j < group; j += 2) {
@@ -197,7 +203,7 @@ class Attention {
 
  private:
   Word* keys(const DecoderCache& cache, int64_t sequence, int64_t head) const {
-    const int64_t size = (cache.capacity + 15) / 16 * 16 * words_for<F>(m_.head_dim);
+    const int64_t size = round_up(cache.capacity, kKeyGroup) * words_for<F>(m_.head_dim);
     return static_cast<Word*>(cache.k) + index(cache, sequence, head) * size;
   }
 
@@ -212,8 +218,9 @@ class Attention {
 
   Segment<F> segment(const DecoderCache& cache, int64_t sequence, int64_t head,
                      int64_t count) const {
-    if (count == 0) return {nullptr, nullptr, 0};
-    return {keys(cache, sequence, head), values(cache, sequence, head), count};
+    if (count == 0) return {nullptr, nullptr, 0, nullptr, nullptr};
+    const Word *k = keys(cache, sequence, head), *v = values(cache, sequence, head);
+    return {k, v, count, k, v};
   }
 
   void append(const DecoderRow& row, int64_t head, const float* k, const float* v,
@@ -222,8 +229,9 @@ class Attention {
     Word* words = reinterpret_cast<Word*>(spare);
     put_row<F>(words, k, padded);
     const int64_t count = words_for<F>(dim);
-    Word* column = keys(own_, row.own, head) + n / 16 * count * 16 + n % 16;
-    for (int64_t w = 0; w < count; ++w) column[w * 16] = words[w];
+    Word* column =
+        keys(own_, row.own, head) + n / kKeyGroup * kKeyGroup * count + n % kKeyGroup;
+    for (int64_t w = 0; w < count; ++w) column[w * kKeyGroup] = words[w];
     Word* to = values(own_, row.own, head);
     for (int64_t i = 0; i < dim; ++i) spare[i] = v[i];
     for (int64_t i = dim; i < padded; ++i) spare[i] = 0.0f;
@@ -264,8 +272,9 @@ void layers(const Decoder& m, const DecoderCache& shared, const DecoderCache& ow
                });
     const Attention<F> attention(m, shared, own, layer);
     for (int64_t row = 0; row < count; ++row) {
-      attention.row(rows[row], qkv + row * stride, reinterpret_cast<Word*>(scratch + s.q),
-                    scratch + s.heads, scratch + s.attention, h + row * row_words<F>(m.hidden));
+      attention.row(rows[row], rows[at_most(row + 1, count - 1)], qkv + row * stride,
+                    reinterpret_cast<Word*>(scratch + s.q), scratch + s.heads,
+                    scratch + s.attention, h + row * row_words<F>(m.hidden));
     }
     add_product<F>(h, count, m.hidden, weight(m.out, layer, matrix), m.hidden, c, x);
     norm_rows<F>(x, count, m.hidden, norms + round_up(m.hidden, 16), m.eps, h);

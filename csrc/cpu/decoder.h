@@ -12,7 +12,7 @@
 //
 // Layout. Weights are panels of output features (cpu/product.h), activations rows along k, so that
 // the rows of a chunk go through a panel while it is in the cache. Keys of a sequence and head:
-// [position / 16][words of d][16], a score is a lane; values [words of position][d padded to 16].
+// [position / 64][words of d][64], a score is a lane; values [words of position][d padded to 16].
 // Both are read in place by the products.
 //
 // Bits. Each output of a weight's product is the chain of cpu/product.h; a score is one chain over

@@ -1,55 +1,26 @@
 // rlir::_decoder_pack, _decoder_prefill and _decoder_frame: what rlir/rollout/engine.py is made of.
 // Formulas and layouts: cpu/decoder.h. Stream and slots: rlir/models/world_model.py.
-#include "cpu/decoder.h"
+#include "ops/decoder.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <vector>
 
-#include "core/check.h"
-#include "core/cpu_isa.h"
 #include "core/scratch.h"
 #include "cpu/sample_tokens.h"
 
 namespace rlir {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 constexpr int64_t kUnit = 8;    // rows that no two threads share: a tile of every build
-constexpr int64_t kChunk = 32;  // rows that go through the layers together
-
-const float* floats(const char* name, const Tensor& x, int64_t count) {
-  RLIR_CHECK(x.is_cpu() && x.is_contiguous() && x.scalar_type() == ScalarType::Float &&
-                 x.numel() == count,
-             "decoder: ", name, " must be ", count, " contiguous float32 on the CPU, got ",
-             x.numel(), " of dtype ", static_cast<int>(x.scalar_type()));
-  return x.const_data_ptr<float>();
-}
-
-const int64_t* integers(const char* name, const Tensor& x, int64_t count) {
-  RLIR_CHECK(x.is_cpu() && x.is_contiguous() && x.scalar_type() == ScalarType::Long &&
-                 x.numel() == count,
-             "decoder: ", name, " must be ", count, " contiguous int64 on the CPU, got ", x.numel(),
-             " of dtype ", static_cast<int>(x.scalar_type()));
-  return x.const_data_ptr<int64_t>();
-}
-
-void check_below(const char* name, const int64_t* x, int64_t count, int64_t limit) {
-  for (int64_t i = 0; i < count; ++i) {
-    RLIR_CHECK(x[i] >= 0 && x[i] < limit, "decoder: ", name, " must be from 0 and below ", limit,
-               ", got ", x[i]);
-  }
-}
-
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+constexpr int64_t kChunk = 16;  // rows that go through the layers together
 
 // A Decoder and the embeddings in front of it.
 struct Policy {
@@ -98,17 +69,7 @@ Policy policy_of(const std::vector<Tensor>& w, const std::vector<int64_t>& n, do
   m.norms = floats("norms", w[2], m.layers * 2 * p.stride);
   m.last = floats("the last norm", w[3], p.stride);
   m.rotary = floats("the rotary table", w[4], 2 * m.positions * m.head_dim);
-  const cpu::DecoderSizes sizes = p.sizes(1, 1, 1);
-  const auto packed = [&](const char* name, const Tensor& x, int64_t count, int64_t outputs,
-                          int64_t depth) {
-    const int64_t words = m.bfloat16 ? (depth + 1) / 2 * 2 / sizes.values_per_word : depth;
-    const int64_t all = count * round_up(outputs, sizes.panel) * words;
-    const ScalarType dtype = sizes.values_per_word == 2 ? ScalarType::Int : ScalarType::Float;
-    RLIR_CHECK(x.is_cpu() && x.is_contiguous() && x.scalar_type() == dtype && x.numel() == all &&
-                   x.dim() == 4 && x.size(3) == sizes.panel,
-               "decoder: ", name, " must be packed for the instruction set in use, got other");
-    return x.const_data_ptr();
-  };
+  const PackedFormat packed(m.bfloat16);
   m.qkv = packed("qkv", w[5], m.layers, (m.heads + 2 * m.kv_heads) * m.head_dim, m.hidden);
   m.out = packed("o", w[6], m.layers, m.hidden, m.hidden);
   m.gate_up = packed("gate and up", w[7], m.layers * 2, m.mlp, m.hidden);
@@ -132,6 +93,18 @@ cpu::DecoderCache cache_of(const char* name, const Policy& p, const Tensor& k, c
   return {k.mutable_data_ptr(), v.mutable_data_ptr(), sequences, capacity};
 }
 
+// A step reads all of a cache, a few lines a page: with pages of 4 KiB it would mostly wait for
+// their addresses. Advice before the first touch; where the system has none, nothing happens.
+void use_huge_pages(const Tensor& x) {
+#if defined(__linux__)
+  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
+  const auto begin = reinterpret_cast<uintptr_t>(x.mutable_data_ptr());
+  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t last = (begin + static_cast<uintptr_t>(x.numel()) * 4) / kHuge * kHuge;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 Tensor decoder_pack_cpu(const Tensor& weight, bool bfloat16) {
   RLIR_CHECK(weight.is_cpu() && weight.dim() == 3, "decoder: a weight must be [N, outputs, depth] "
              "on the CPU, got ", weight.dim(), " dimensions");
@@ -139,15 +112,10 @@ Tensor decoder_pack_cpu(const Tensor& weight, bool bfloat16) {
              "decoder: a weight must be of the policy's dtype, got dtype ",
              static_cast<int>(weight.scalar_type()));
   const int64_t n = weight.size(0), outputs = weight.size(1), depth = weight.size(2);
-  cpu::Decoder format{};
-  format.bfloat16 = bfloat16;
-  format.head_dim = 2;
-  const cpu::DecoderSizes sizes = RLIR_CPU_KERNEL_BF16(decoder_sizes)(format, 1, 1, 1);
-  const int64_t words = bfloat16 ? (depth + 1) / 2 * 2 / sizes.values_per_word : depth;
-  const int64_t panels = (outputs + sizes.panel - 1) / sizes.panel;
-  Tensor packed = torch::stable::new_empty(
-      weight, {n, panels, words, sizes.panel},
-      sizes.values_per_word == 2 ? ScalarType::Int : ScalarType::Float);
+  const PackedFormat format(bfloat16);
+  const int64_t words = format.words(depth), panels = round_up(outputs, format.panel) / format.panel;
+  Tensor packed =
+      torch::stable::new_empty(weight, {n, panels, words, format.panel}, format.dtype());
   const int64_t size = bfloat16 ? 2 : 4;
   const auto pack = RLIR_CPU_KERNEL_BF16(decoder_pack);
   for (int64_t i = 0; i < n; ++i) {
@@ -155,7 +123,7 @@ Tensor decoder_pack_cpu(const Tensor& weight, bool bfloat16) {
                      bfloat16 ? Dtype::kBFloat16 : Dtype::kFloat32, weight.stride(1),
                      weight.stride(2)};
     pack(one, outputs, depth, bfloat16,
-         static_cast<char*>(packed.mutable_data_ptr()) + i * panels * words * sizes.panel * 4);
+         static_cast<char*>(packed.mutable_data_ptr()) + i * panels * words * format.panel * 4);
   }
   return packed;
 }
@@ -300,6 +268,10 @@ void decoder_frame_cpu(const std::vector<Tensor>& weights, const std::vector<int
   sampling.key = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
   sampling.row_ids = integers("row_ids", row_ids, b);
 
+  if (frame == 1) {
+    use_huge_pages(k);
+    use_huge_pages(v);
+  }
   std::atomic<int64_t> bad{b};
   torch::stable::parallel_for(0, (b + kUnit - 1) / kUnit, 1, [&](int64_t begin, int64_t end) {
     const int64_t last = std::min(end * kUnit, b);

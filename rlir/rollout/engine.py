@@ -8,11 +8,12 @@ Legend: P prompts, G group size, B = P G rollouts, L frames with the prompt, S v
 A action tokens, D hidden size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlir import _library
 from rlir.errors import InputError
@@ -29,7 +30,7 @@ def rollout_seed(seed: int, number: int) -> int:
 
 @dataclass(frozen=True)
 class _Packed:
-    """A policy as the kernels want it: ten weights, eleven sizes (csrc/ops/decoder.cpp)."""
+    """Weights and sizes as an op wants them: csrc/ops/decoder.cpp, csrc/ops/stem.cpp."""
 
     weights: list[Tensor]
     sizes: list[int]
@@ -40,11 +41,46 @@ def _padded(x: Tensor) -> Tensor:
     return F.pad(x.float(), (0, -x.shape[-1] % 16)).contiguous()
 
 
-def _pack(policy: WorldModel, rounds: bool) -> _Packed:
+def _pack(matrices: Sequence[Tensor], rounds: bool) -> Tensor:
+    """Matrices of one shape in the panels of csrc/cpu/product.h."""
+    return torch.ops.rlir._decoder_pack.default(torch.stack(list(matrices)), rounds)
+
+
+def _pack_stem(policy: WorldModel, rounds: bool) -> _Packed:
+    stem, config = policy.stem, policy.config
+    convolutions = [x for x in stem.blocks if isinstance(x, nn.Conv2d)]
+
+    def kernels(of: list[nn.Conv2d]) -> Tensor:
+        """A matrix [channels, width * inputs padded] for each row of each kernel."""
+        parts = [x.weight.permute(2, 0, 3, 1) for x in of]
+        rows = [F.pad(x, (0, -x.shape[-1] % 16)).flatten(2) for x in parts]
+        none = stem.output.weight.new_empty(0, config.stem_channels, 16)  # a stem without blocks
+        return torch.ops.rlir._decoder_pack.default(torch.cat(rows) if rows else none, rounds)
+
+    film = stem.action.weight.unflatten(1, (2 * (len(convolutions) + 1), -1))
+    biases = [x.bias for x in convolutions if x.bias is not None]
+    assert stem.input.bias is not None
+    weights = [
+        _padded(stem.embed.weight),
+        _padded(film),
+        kernels([stem.input]),
+        _padded(stem.input.bias),
+        kernels(convolutions),
+        _padded(torch.stack(biases) if biases else stem.input.bias.new_zeros(0, 16)),
+        _pack([F.pad(stem.output.weight, (0, -config.stem_channels % 16))], rounds),
+        _padded(stem.output.bias),
+    ]
+    widths = [stem.input.kernel_size[1], convolutions[0].kernel_size[1] if convolutions else 1]
+    sizes = [config.rows, config.columns, stem.embed.embedding_dim, config.stem_channels]
+    sizes += [len(convolutions), config.hidden, *widths, config.codes]
+    return _Packed(weights, [*sizes, stem.action.num_embeddings, int(rounds)])
+
+
+def _pack_decoder(policy: WorldModel, rounds: bool) -> _Packed:
     config, layers = policy.config, policy.decoder_layers()
 
     def packed(*matrices: Tensor) -> Tensor:
-        return torch.ops.rlir._decoder_pack.default(torch.stack(matrices), rounds)
+        return _pack(matrices, rounds)
 
     norms = [(x.input_layernorm.weight, x.post_attention_layernorm.weight) for x in layers]
     weights = [
@@ -80,7 +116,8 @@ class RolloutEngine:
         self.native = _library.PATH is not None
         with torch.inference_mode():
             if self.native:
-                self._packed = _pack(self.policy, dtype == torch.bfloat16)
+                self._packed = _pack_decoder(self.policy, dtype == torch.bfloat16)
+                self._stem = _pack_stem(self.policy, dtype == torch.bfloat16)
 
     def rollout(
         self,
@@ -150,10 +187,14 @@ class RolloutEngine:
         with span("rollout.prefill", p * s):
             ops._decoder_prefill.default(*given, prompts.contiguous(), *shared)
         rows = row_numbers(b, row_ids)
+        stem = torch.empty(b, s, config.hidden)
         for t in range(1, length):
             with span("rollout.frame", b * s):
                 block = blocks[:, t - 1].contiguous()
-                stem = policy.stem(codes[:, t - 1], block).float().contiguous()
+                previous = codes[:, t - 1].contiguous()
+                ops._decoder_stem.default(
+                    self._stem.weights, self._stem.sizes, previous, block, stem
+                )
                 ops._decoder_frame.default(
                     *given, *shared, *own, codes, block, stem, rows, logprob, entropy, t, seed,
                     temperature,

@@ -19,7 +19,6 @@ from rlir.rollout.engine import RolloutEngine, rollout_seed
 from rlir.tracing import span
 from rlir.training import check_seed
 
-
 EVALUATION = 2**31
 """Draws of evaluations are numbered from here on, those of training steps below."""
 

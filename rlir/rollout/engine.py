@@ -106,7 +106,7 @@ class RolloutEngine:
 
     Weights are rounded to ``dtype`` and packed once. In bfloat16 the operands of products (weights,
     activations, keys and values) are bfloat16; sums, the residual stream, norms, softmax and logits
-    are float32. The kernels of the instruction set in use when it was made are kept.
+    are float32. Weights are packed for the instruction set in use, and only serve that.
     """
 
     def __init__(self, model: WorldModel, dtype: torch.dtype = torch.bfloat16):
@@ -147,8 +147,13 @@ class RolloutEngine:
         if not self.native:
             return loop.rollout(self.policy, prompts, actions, row_ids=row_ids, **options)
         check_rollout(self.policy, prompts, actions, row_ids=row_ids, **options)
-        with span("rollout", len(prompts) * group_size), torch.inference_mode():
-            out = self._draw(prompts, actions, group_size, temperature, seed, row_ids)
+        try:
+            with span("rollout", len(prompts) * group_size), torch.inference_mode():
+                out = self._draw(prompts, actions, group_size, temperature, seed, row_ids)
+        except RuntimeError as error:
+            line = str(error).splitlines()[0]
+            ours = line.startswith(("rollout: ", "decoder: "))
+            raise (InputError(line) if ours else error) from None
         # Copied outside of inference mode: autograd takes no tensor that was made in it.
         return Rollouts(*(x.clone() for x in out))
 

@@ -21,7 +21,7 @@ constexpr int kValueVectors = 4;
 constexpr int kScoreBlocks = 1;
 constexpr int kValueVectors = 4;
 #endif
-constexpr int64_t kKeyGroup = 64;         // positions whose keys lie together: [words of d][64]
+constexpr int64_t kKeyGroup = 64;          // positions whose keys lie together: [words of d][64]
 constexpr float kLeastWeight = 0x1p-100f;  // softmax weights below are 0: none is subnormal
 
 // Positions 0 .. count - 1 of one head of one sequence. A cache is read once a step, faster than
@@ -45,8 +45,8 @@ inline void ask_for(const void* x) {  // whole lines of 64 bytes
 // Not inlined: amid other code the compiler runs out of registers and spills in the loop.
 template <typename F, int kQueries, int kBlocks>
 __attribute__((noinline)) void score_blocks(float* const* scores, const typename F::Word* const* q,
-                         const typename F::Word* k, const typename F::Word* next,
-                         int64_t words) {
+                                            const typename F::Word* k, const typename F::Word* next,
+                                            int64_t words) {
   constexpr int kParts = kBlocks * kPer16;
   Vf sums[kQueries][kParts] = {};
   for (int64_t w = 0; w < words; ++w) {
@@ -91,9 +91,10 @@ inline void scores_of(float* const* scores, const typename F::Word* const* q,
 }
 
 template <typename F, int kQueries, int kUsed>
-__attribute__((noinline)) void value_lanes(float* const* out, const typename F::Word* const* weights,
-                        const typename F::Word* v, const typename F::Word* next, int64_t words,
-                        int64_t stride) {
+__attribute__((noinline)) void value_lanes(float* const* out,
+                                           const typename F::Word* const* weights,
+                                           const typename F::Word* v, const typename F::Word* next,
+                                           int64_t words, int64_t stride) {
   Vf sums[kQueries][kUsed];
 #pragma GCC unroll 2
   for (int j = 0; j < kQueries; ++j) {

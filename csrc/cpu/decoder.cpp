@@ -68,8 +68,7 @@ void norm_rows(const float* x, int64_t count, int64_t size, const float* weight,
         sums[part] = fma(value, value, sums[part]);
       }
     }
-    const float scale =
-        1.0f / __builtin_sqrtf(fold_sums(sums) / static_cast<float>(size) + eps);
+    const float scale = 1.0f / __builtin_sqrtf(fold_sums(sums) / static_cast<float>(size) + eps);
     typename F::Word* to = out + row * row_words<F>(size);
     for (int64_t k = 0; k < stride; k += kWidth) {
       F::put(to, k, F::rounded(load_vector(in + k) * splat(scale) * load_vector(weight + k)));
@@ -229,8 +228,7 @@ class Attention {
     Word* words = reinterpret_cast<Word*>(spare);
     put_row<F>(words, k, padded);
     const int64_t count = words_for<F>(dim);
-    Word* column =
-        keys(own_, row.own, head) + n / kKeyGroup * kKeyGroup * count + n % kKeyGroup;
+    Word* column = keys(own_, row.own, head) + n / kKeyGroup * kKeyGroup * count + n % kKeyGroup;
     for (int64_t w = 0; w < count; ++w) column[w * kKeyGroup] = words[w];
     Word* to = values(own_, row.own, head);
     for (int64_t i = 0; i < dim; ++i) spare[i] = v[i];

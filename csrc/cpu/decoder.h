@@ -34,9 +34,9 @@ struct Decoder {
   int64_t hidden, layers, heads, kv_heads, head_dim, mlp, codes;
   float eps;
   bool bfloat16;
-  const float* norms;     // [layers][2][stride], pads zero
-  const float* last;      // [stride]
-  const float* rotary;    // [2][positions][d]: cos, sin
+  const float* norms;   // [layers][2][stride], pads zero
+  const float* last;    // [stride]
+  const float* rotary;  // [2][positions][d]: cos, sin
   int64_t positions;
   const void *qkv, *out;  // [layers] of [(heads + 2 kv_heads) d][D], [D][D]
   const void* gate_up;    // [layers][2] of [mlp][D]
@@ -78,12 +78,12 @@ using DecoderLayers = void(const Decoder&, const DecoderCache& shared, const Dec
 using DecoderLogits = void(const Decoder&, const float* x, int64_t count, float* logits,
                            void* scratch);
 
-#define RLIR_DECODER_BUILD(isa)  \
-  namespace isa {                \
-  DecoderSizesOf decoder_sizes;  \
-  DecoderPack decoder_pack;      \
-  DecoderLayers decoder_layers;  \
-  DecoderLogits decoder_logits;  \
+#define RLIR_DECODER_BUILD(isa) \
+  namespace isa {               \
+  DecoderSizesOf decoder_sizes; \
+  DecoderPack decoder_pack;     \
+  DecoderLayers decoder_layers; \
+  DecoderLogits decoder_logits; \
   }
 RLIR_DECODER_BUILD(baseline)
 RLIR_DECODER_BUILD(avx2)

@@ -74,7 +74,8 @@ struct Ahead {
 // One tile: c [kRows][kPanel], row stride kPanel; rows[j] point to `depth` words.
 template <typename Format, int kUsed>
 __attribute__((noinline)) void tile(float* c, const typename Format::Word* const* rows,
-                 const typename Format::Word* panel, int64_t depth, bool more, Ahead ahead) {
+                                    const typename Format::Word* panel, int64_t depth, bool more,
+                                    Ahead ahead) {
   constexpr int64_t kWords = kChain / Format::kPerWord;
   const typename Format::Word* at[kRows];
 #pragma GCC unroll 8

@@ -106,22 +106,25 @@ void use_huge_pages(const Tensor& x) {
 }
 
 Tensor decoder_pack_cpu(const Tensor& weight, bool bfloat16) {
-  RLIR_CHECK(weight.is_cpu() && weight.dim() == 3, "decoder: a weight must be [N, outputs, depth] "
-             "on the CPU, got ", weight.dim(), " dimensions");
+  RLIR_CHECK(weight.is_cpu() && weight.dim() == 3,
+             "decoder: a weight must be [N, outputs, depth] "
+             "on the CPU, got ",
+             weight.dim(), " dimensions");
   RLIR_CHECK(weight.scalar_type() == (bfloat16 ? ScalarType::BFloat16 : ScalarType::Float),
              "decoder: a weight must be of the policy's dtype, got dtype ",
              static_cast<int>(weight.scalar_type()));
   const int64_t n = weight.size(0), outputs = weight.size(1), depth = weight.size(2);
   const PackedFormat format(bfloat16);
-  const int64_t words = format.words(depth), panels = round_up(outputs, format.panel) / format.panel;
+  const int64_t words = format.words(depth),
+                panels = round_up(outputs, format.panel) / format.panel;
   Tensor packed =
       torch::stable::new_empty(weight, {n, panels, words, format.panel}, format.dtype());
   const int64_t size = bfloat16 ? 2 : 4;
   const auto pack = RLIR_CPU_KERNEL_BF16(decoder_pack);
   for (int64_t i = 0; i < n; ++i) {
-    const Matrix one{static_cast<const char*>(weight.const_data_ptr()) + i * weight.stride(0) * size,
-                     bfloat16 ? Dtype::kBFloat16 : Dtype::kFloat32, weight.stride(1),
-                     weight.stride(2)};
+    const Matrix one{
+        static_cast<const char*>(weight.const_data_ptr()) + i * weight.stride(0) * size,
+        bfloat16 ? Dtype::kBFloat16 : Dtype::kFloat32, weight.stride(1), weight.stride(2)};
     pack(one, outputs, depth, bfloat16,
          static_cast<char*>(packed.mutable_data_ptr()) + i * panels * words * format.panel * 4);
   }
@@ -163,9 +166,9 @@ struct Frame {
   const Policy& policy;
   cpu::DecoderCache shared, own;
   int64_t group_size, length, frame, actions;
-  int64_t* codes;         // [B][length][S]
-  const int64_t* blocks;  // [B][A]
-  const float* stem;      // [B][S][D]
+  int64_t* codes;            // [B][length][S]
+  const int64_t* blocks;     // [B][A]
+  const float* stem;         // [B][S][D]
   float *logprob, *entropy;  // [B][length - 1][S]
   cpu::SampleTokens sampling;
 };
@@ -197,8 +200,7 @@ int64_t frame_chunk(const Frame& f, int64_t first, int64_t n) {
       const int64_t row = first + i;
       int64_t* drawn = f.codes + (row * f.length + f.frame) * s;
       const int64_t id = j < 0 ? drawn[-1] : j < a ? codes + f.blocks[row * a + j] : drawn[j - a];
-      const float* stem =
-          image < 0 ? nullptr : f.stem + (row * s + image) * p.decoder.hidden;
+      const float* stem = image < 0 ? nullptr : f.stem + (row * s + image) * p.decoder.hidden;
       embed(p, id, j < 0 ? p.block - 1 : j, stem, x + i * p.stride);
       rows[i] = {position, row / f.group_size, s, row, position - s + 1};
     }

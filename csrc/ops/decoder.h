@@ -19,18 +19,18 @@ using torch::stable::Tensor;
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 inline const float* floats(const char* name, const Tensor& x, int64_t count) {
-  RLIR_CHECK(x.is_cpu() && x.is_contiguous() && x.scalar_type() == ScalarType::Float &&
-                 x.numel() == count,
-             "decoder: ", name, " must be ", count, " contiguous float32 on the CPU, got ",
-             x.numel(), " of dtype ", static_cast<int>(x.scalar_type()));
+  RLIR_CHECK(
+      x.is_cpu() && x.is_contiguous() && x.scalar_type() == ScalarType::Float && x.numel() == count,
+      "decoder: ", name, " must be ", count, " contiguous float32 on the CPU, got ", x.numel(),
+      " of dtype ", static_cast<int>(x.scalar_type()));
   return x.const_data_ptr<float>();
 }
 
 inline const int64_t* integers(const char* name, const Tensor& x, int64_t count) {
-  RLIR_CHECK(x.is_cpu() && x.is_contiguous() && x.scalar_type() == ScalarType::Long &&
-                 x.numel() == count,
-             "decoder: ", name, " must be ", count, " contiguous int64 on the CPU, got ", x.numel(),
-             " of dtype ", static_cast<int>(x.scalar_type()));
+  RLIR_CHECK(
+      x.is_cpu() && x.is_contiguous() && x.scalar_type() == ScalarType::Long && x.numel() == count,
+      "decoder: ", name, " must be ", count, " contiguous int64 on the CPU, got ", x.numel(),
+      " of dtype ", static_cast<int>(x.scalar_type()));
   return x.const_data_ptr<int64_t>();
 }
 

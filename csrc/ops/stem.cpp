@@ -15,8 +15,10 @@ namespace {
 // input_width, block_width, codes, vocabulary of actions, bfloat16.
 void decoder_stem_cpu(const std::vector<Tensor>& w, const std::vector<int64_t>& n,
                       const Tensor& previous, const Tensor& blocks, const Tensor& out) {
-  RLIR_CHECK(w.size() == 8 && n.size() == 11, "decoder: a stem must have 8 weights and 11 sizes, "
-             "got ", w.size(), " and ", n.size());
+  RLIR_CHECK(w.size() == 8 && n.size() == 11,
+             "decoder: a stem must have 8 weights and 11 sizes, "
+             "got ",
+             w.size(), " and ", n.size());
   for (int i = 0; i < 10; ++i) {
     RLIR_CHECK(n[i] >= (i == 4 ? 0 : 1) && n[i] < int64_t{1} << 31,
                "decoder: sizes of a stem must be positive, got ", n[i]);

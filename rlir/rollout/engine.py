@@ -19,7 +19,13 @@ from rlir import _library
 from rlir.errors import InputError
 from rlir.models.world_model import WorldModel
 from rlir.rollout import loop
-from rlir.rollout.loop import Rollouts, check_rollout, inference_copy, row_numbers
+from rlir.rollout.loop import (
+    RolloutOptions,
+    Rollouts,
+    check_rollout,
+    inference_copy,
+    row_numbers,
+)
 from rlir.tracing import span
 
 
@@ -143,10 +149,10 @@ class RolloutEngine:
             Rows grouped: prompt p's members are rows p G .. (p + 1) G. The code at stream position
             n of a rollout is ``sample_tokens`` of its logits with (seed, offset n, row id).
         """
-        options = {"group_size": group_size, "temperature": temperature, "seed": seed}
+        options = RolloutOptions(group_size, temperature, seed, row_ids)
         if not self.native:
-            return loop.rollout(self.policy, prompts, actions, row_ids=row_ids, **options)
-        check_rollout(self.policy, prompts, actions, row_ids=row_ids, **options)
+            return loop.rollout(self.policy, prompts, actions, **vars(options))
+        check_rollout(self.policy, prompts, actions, options)
         try:
             with span("rollout", len(prompts) * group_size), torch.inference_mode():
                 out = self._draw(prompts, actions, group_size, temperature, seed, row_ids)

@@ -90,17 +90,22 @@ def _forward(model: WorldModel, x: Tensor, caches: list[Cache], start: int) -> T
     return x
 
 
+@dataclass(frozen=True)
+class RolloutOptions:
+    """How prompts are continued: the options of ``rollout``."""
+
+    group_size: int
+    temperature: float
+    seed: int
+    row_ids: Tensor | None
+
+
 def check_rollout(
-    policy: WorldModel,
-    prompts: Tensor,
-    actions: Tensor,
-    *,
-    group_size: int,
-    temperature: float,
-    seed: int,
-    row_ids: Tensor | None,
+    policy: WorldModel, prompts: Tensor, actions: Tensor, options: RolloutOptions
 ) -> None:
     """Refuses what cannot be rolled out."""
+    group_size, temperature = options.group_size, options.temperature
+    seed, row_ids = options.seed, options.row_ids
     config = policy.config
     if group_size < 1 or not 0 <= temperature < math.inf:
         raise InputError(
@@ -160,15 +165,8 @@ def rollout(
     p * G .. (p + 1) * G. ``temperature`` 0 is greedy (the log-probability is then that of the
     untempered model).
     """
-    check_rollout(
-        policy,
-        prompts,
-        actions,
-        group_size=group_size,
-        temperature=temperature,
-        seed=seed,
-        row_ids=row_ids,
-    )
+    options = RolloutOptions(group_size, temperature, seed, row_ids)
+    check_rollout(policy, prompts, actions, options)
     config = policy.config
     p, s = prompts.shape
     length, b = actions.shape[1] + 1, prompts.shape[0] * group_size

@@ -15,9 +15,12 @@ from rlir.grpo.reward import draw
 from rlir.models.idm import InverseDynamics
 from rlir.models.load import Models
 from rlir.models.world_model import WorldModel
-from rlir.rollout.loop import inference_copy, rollout
+from rlir.rollout.engine import RolloutEngine, rollout_seed
 from rlir.tracing import span
-from rlir.training import check_seed, step_generator
+from rlir.training import check_seed
+
+EVALUATION = 2**31
+"""Draws of evaluations are numbered from here on, those of training steps below."""
 
 
 @dataclass(frozen=True)
@@ -95,17 +98,20 @@ class Evaluator:
     def continuations(
         self, model: WorldModel, count: int | None = None, batch: int = 64, seed: int = 0
     ) -> Tensor:
-        """Codes [N, L, S] of the model's continuations of the first ``count`` clips."""
-        policy, parts = inference_copy(model), []
-        for i in range(0, count or len(self.codes), batch):
-            part = slice(i, min(i + batch, count or len(self.codes)))
-            generator = step_generator(self.config.seed, seed * 2**16 + i)
-            drawn = rollout(
-                policy,
-                self.codes[part, 0],
-                self.actions[part],
+        """Codes [N, L, S] of the model's continuations of the first ``count`` clips.
+
+        A clip's continuation depends on the clip and the seeds alone: its row id is its index.
+        """
+        engine, parts = RolloutEngine(model), []
+        count = count or len(self.codes)
+        for i in range(0, count, batch):
+            rows = torch.arange(i, min(i + batch, count))
+            drawn = engine.rollout(
+                self.codes[rows, 0],
+                self.actions[rows],
                 temperature=self.config.temperature,
-                generator=generator,
+                seed=rollout_seed(self.config.seed, EVALUATION + seed),
+                row_ids=rows,
             )
             parts.append(drawn.codes)
         return torch.cat(parts)

@@ -204,7 +204,7 @@ class Run:
             )
             what = f"continued pretraining, {command.continued.steps} steps at {rate:g}"
             draws = command.evaluation.draws
-            runs[rate] = summarise(self.test.score(model), draws=draws, what=what)
+            runs[rate] = summarise(self.test.score_samples(model), draws=draws, what=what)
         best = max(runs, key=lambda rate: value_of(runs[rate], "judge_f1_macro") or 0.0)
         tried = {f"{rate:g}": value_of(of, "judge_f1_macro") for rate, of in runs.items()}
         return {**runs[best], "tried": tried}
@@ -230,14 +230,14 @@ def post_train(command: PostTraining, recordings: Mapping[str, Recording]) -> di
     clock, draws = run.clock, command.evaluation.draws
     with clock("evaluation"):
         console.say(f"evaluating the base on {len(run.test.codes)} clips")
-        base = run.test.score(run.models.world_model)
-        base_unseen = run.unseen.score(run.models.world_model) if run.unseen else None
+        base = run.test.score_samples(run.models.world_model)
+        base_unseen = run.unseen.score_samples(run.models.world_model) if run.unseen else None
     trainer = run.train()
     run.save_checkpoint()
     with clock("evaluation"):
         console.say("evaluating the post-trained model")
-        post = run.test.score(run.policy)
-        post_unseen = run.unseen.score(run.policy) if run.unseen else None
+        post = run.test.score_samples(run.policy)
+        post_unseen = run.unseen.score_samples(run.policy) if run.unseen else None
     with clock("control"):
         control = run.control()
     what = command.evaluation
@@ -266,7 +266,9 @@ def post_train(command: PostTraining, recordings: Mapping[str, Recording]) -> di
             gain=gain,
             verdict=verdict(gain, ceiling),
             control=control,
-            floor=summarise(run.test.floor(base), draws=draws, what="base, actions shuffled"),
+            floor=summarise(
+                [run.test.floor(of) for of in base], draws=draws, what="base, actions shuffled"
+            ),
             tokenised=summarise(tokenised, draws=draws, what="real frames, tokenised"),
             ceiling=ceiling,
             unseen_maps=unseen,
@@ -280,7 +282,7 @@ def post_train(command: PostTraining, recordings: Mapping[str, Recording]) -> di
     report["seconds"] = {**spent, "total": round(time.perf_counter() - begin, 2)}
     report["settings"] = _identity(command)
     report["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    shown = panels(base, post, run.test.real, run.test.read_real["judge"][0])
+    shown = panels(base[0], post[0], run.test.real, run.test.read_real["judge"][0])
     write_run(run.out, report, shown)
     console.out(text_table(report))
     for sentence in report["verdict"]:

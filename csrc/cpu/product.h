@@ -64,10 +64,18 @@ struct PairFormat {
 };
 #endif
 
+// What a tile asks memory for as it goes, `lines` of 64 bytes a step: the panel that comes next.
+// None where lines is 0.
+struct Ahead {
+  const char* from;
+  int64_t lines;
+};
+
 // One tile: c [kRows][kPanel], row stride kPanel; rows[j] point to `depth` words.
 template <typename Format, int kUsed>
-inline void tile(float* c, const typename Format::Word* const* rows,
-                 const typename Format::Word* panel, int64_t depth, bool more) {
+__attribute__((noinline)) void tile(float* c, const typename Format::Word* const* rows,
+                                    const typename Format::Word* panel, int64_t depth, bool more,
+                                    Ahead ahead) {
   constexpr int64_t kWords = kChain / Format::kPerWord;
   const typename Format::Word* at[kRows];
 #pragma GCC unroll 8
@@ -85,6 +93,10 @@ inline void tile(float* c, const typename Format::Word* const* rows,
 #pragma GCC unroll 4
       for (int i = 0; i < kUsed; ++i) {
         lanes[i] = Format::load_lanes(panel + k * kPanel + i * kWidth);
+      }
+      for (int64_t i = 0; i < ahead.lines; ++i) {
+        __builtin_prefetch(ahead.from, 0, 2);
+        ahead.from += 64;
       }
 #pragma GCC unroll 8
       for (int j = 0; j < kRows; ++j) {
@@ -109,20 +121,26 @@ inline void tile(float* c, const typename Format::Word* const* rows,
 
 template <typename Format>
 inline void tile(int lanes, float* c, const typename Format::Word* const* rows,
-                 const typename Format::Word* panel, int64_t depth, bool more) {
+                 const typename Format::Word* panel, int64_t depth, bool more, Ahead ahead) {
   const int used = (lanes + kWidth - 1) / kWidth;  // a last panel may have few lanes
-  if (used >= kVectors) return tile<Format, kVectors>(c, rows, panel, depth, more);
-  if (kVectors > 3 && used == 3) return tile<Format, 3>(c, rows, panel, depth, more);
-  if (used == 2) return tile<Format, 2>(c, rows, panel, depth, more);
-  return tile<Format, 1>(c, rows, panel, depth, more);
+  if (used >= kVectors) return tile<Format, kVectors>(c, rows, panel, depth, more, ahead);
+  if (kVectors > 3 && used == 3) return tile<Format, 3>(c, rows, panel, depth, more, ahead);
+  if (used == 2) return tile<Format, 2>(c, rows, panel, depth, more, ahead);
+  return tile<Format, 1>(c, rows, panel, depth, more, ahead);
 }
 
 // c [count rounded up to kRows][kPanel] of rows first, first + 1, ... with `stride` words between
-// them, against one panel of `words` words. `more` adds to what c holds.
+// them, against one panel of `words` words. `more` adds to what c holds. `next`, if not null, is
+// the panel that the caller reads next: it is brought into the second level cache meanwhile.
 template <typename Format>
 inline void panel_product(float* c, const typename Format::Word* first, int64_t stride,
                           int64_t count, const typename Format::Word* panel, int64_t words,
-                          int lanes, bool more) {
+                          int lanes, bool more, const void* next = nullptr) {
+  constexpr int64_t kLine = 64, kStep = kPanel * sizeof(typename Format::Word) / kLine;
+  // So that the next panel is asked for by the time all tiles are done.
+  const int64_t tiles = (count + kRows - 1) / kRows;
+  Ahead ahead = {static_cast<const char*>(next),
+                 next == nullptr || tiles == 0 ? 0 : (kStep + tiles - 1) / tiles};
   if (words == 0 && !more) {
     __builtin_memset(c, 0, sizeof(float) * kPanel * round_up(count, kRows));
   }
@@ -133,7 +151,8 @@ inline void panel_product(float* c, const typename Format::Word* first, int64_t 
       for (int i = 0; i < kRows; ++i) {  // past the end: the last row again, into unused space
         rows[i] = first + at_most(j + i, count - 1) * stride + k;
       }
-      tile<Format>(lanes, c + j * kPanel, rows, panel + k * kPanel, depth, more || k > 0);
+      tile<Format>(lanes, c + j * kPanel, rows, panel + k * kPanel, depth, more || k > 0, ahead);
+      ahead.from += ahead.lines * depth * kLine;
     }
   }
 }

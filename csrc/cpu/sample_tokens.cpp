@@ -119,7 +119,12 @@ bool sample(const SampleTokens& a, int64_t row, float* z, double* block_mass,
   }
   const int64_t id = a.row_ids == nullptr ? row : a.row_ids[row * a.row_id_stride];
   const uint64_t u = philox_fraction(a.offset, static_cast<uint64_t>(id), a.key);
-  const int64_t token = draw(search, block_mass, span, sums.total, u);
+  int64_t token = a.low;
+  if (a.greedy) {
+    while (z[token] != maximum) ++token;
+  } else {
+    token = draw(search, block_mass, span, sums.total, u);
+  }
   const double log_sum = log(sums.s);
   a.token[row] = token;
   a.logprob[row] = row_logprob(z[token], maximum, log_sum);

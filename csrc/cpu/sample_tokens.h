@@ -3,7 +3,8 @@
 //
 //   z       = logits / temperature on [low, high), -infinity elsewhere
 //   support = what top_k, top_p and min_p leave of the row (cpu/truncation.h)
-//   token   = the first v in the support with  sum of masses up to v  >  u * sum of all masses
+//   token   = the first v in the support with  sum of masses up to v  >  u * sum of all masses,
+//             or, greedy, the first of the largest z
 //   logprob, entropy as in cpu/softmax.h, on the support
 //
 // u is a 64 bit fraction from Philox 4x32-10 (philox_fraction of core/philox.h). It depends on
@@ -25,6 +26,7 @@ struct SampleTokens {
   int64_t tokens;
   int64_t low, high;
   float temperature;
+  bool greedy;    // token = the first of the largest z in the support, and no draw
   int64_t top_k;  // 0: none
   double top_p;   // 1: none
   double min_p;   // 0: none

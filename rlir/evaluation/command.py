@@ -42,15 +42,17 @@ def evaluate(
     sets = open_sets(data, {k: v for k, v in recordings.items() if k != "prompts"}, models)
     test = Evaluator(models, sets["test"], config.clips, config)
     console.say(f"rolling out {len(test.codes)} clips")
-    scored = test.score(models.world_model)
+    scored = test.score_samples(models.world_model)
     result: dict[str, Any] = {
         "model": summarise(scored, draws=config.draws),
         "ceiling": summarise(test.ceiling(), draws=config.draws),
-        "floor": summarise(test.floor(scored), draws=config.draws),
+        "floor": summarise([test.floor(of) for of in scored], draws=config.draws),
     }
     if config.unseen_clips:
         unseen = Evaluator(models, sets["test-unseen"], config.unseen_clips, config)
-        result["unseen maps"] = summarise(unseen.score(models.world_model), draws=config.draws)
+        result["unseen maps"] = summarise(
+            unseen.score_samples(models.world_model), draws=config.draws
+        )
     console.out(f"{'':30}" + "".join(f"{name:>14}" for name in result))
     for key, label in ROWS:
         cells = (value_of(summary, key) for summary in result.values())

@@ -15,9 +15,12 @@ from rlir.grpo.reward import draw
 from rlir.models.idm import InverseDynamics
 from rlir.models.load import Models
 from rlir.models.world_model import WorldModel
-from rlir.rollout.loop import inference_copy, rollout
+from rlir.rollout.engine import RolloutEngine, rollout_seed
 from rlir.tracing import span
-from rlir.training import check_seed, step_generator
+from rlir.training import check_seed
+
+EVALUATION = 2**31
+"""Draws of evaluations are numbered from here on, those of training steps below."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,9 @@ class EvaluationConfig:
     """Held-out clips of maps that training saw."""
     unseen_clips: int = 128
     """Held-out clips of maps that training never saw, reported beside; 0 leaves them out."""
+    samples: int = 1
+    """Continuations of every clip, each from a seed of its own: most of what moves a figure from
+    one evaluation to the next is the draw."""
     frames: int = 5
     """Frames of a clip: one prompt frame and the generated ones."""
     temperature: float = 1.0
@@ -42,7 +48,8 @@ class EvaluationConfig:
     """Seeds the choice of clips and the sampling."""
 
     def __post_init__(self) -> None:
-        for name, least in (("clips", 1), ("unseen_clips", 0), ("frames", 2), ("draws", 1)):
+        limits = {"clips": 1, "unseen_clips": 0, "samples": 1, "frames": 2, "draws": 1}
+        for name, least in limits.items():
             if getattr(self, name) < least:
                 raise InputError(
                     f"evaluation: {name} must be at least {least}, got {getattr(self, name)}"
@@ -91,17 +98,20 @@ class Evaluator:
     def continuations(
         self, model: WorldModel, count: int | None = None, batch: int = 64, seed: int = 0
     ) -> Tensor:
-        """Codes [N, L, S] of the model's continuations of the first ``count`` clips."""
-        policy, parts = inference_copy(model), []
-        for i in range(0, count or len(self.codes), batch):
-            part = slice(i, min(i + batch, count or len(self.codes)))
-            generator = step_generator(self.config.seed, seed * 2**16 + i)
-            drawn = rollout(
-                policy,
-                self.codes[part, 0],
-                self.actions[part],
+        """Codes [N, L, S] of the model's continuations of the first ``count`` clips.
+
+        A clip's continuation depends on the clip and the seeds alone: its row id is its index.
+        """
+        engine, parts = RolloutEngine(model), []
+        count = count or len(self.codes)
+        for i in range(0, count, batch):
+            rows = torch.arange(i, min(i + batch, count))
+            drawn = engine.rollout(
+                self.codes[rows, 0],
+                self.actions[rows],
                 temperature=self.config.temperature,
-                generator=generator,
+                seed=rollout_seed(self.config.seed, EVALUATION + seed),
+                row_ids=rows,
             )
             parts.append(drawn.codes)
         return torch.cat(parts)
@@ -116,6 +126,10 @@ class Evaluator:
         """What both models read off the world model's continuations."""
         with span("evaluate", count or len(self.codes)):
             return self.score_codes(self.continuations(model, count, seed=seed))
+
+    def score_samples(self, model: WorldModel) -> list[Scored]:
+        """``config.samples`` continuations of every clip, scored."""
+        return [self.score(model, seed=seed) for seed in range(self.config.samples)]
 
     def _scored(self, frames: Tensor, shown: np.ndarray, n: int) -> Scored:
         readings = {}

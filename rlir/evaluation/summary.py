@@ -151,7 +151,7 @@ def _runs(runs: Scored | Sequence[Scored]) -> list[Scored]:
 def summarise(
     runs: Scored | Sequence[Scored], *, what: str = "", draws: int = 2000, seed: int = 0
 ) -> dict[str, Any]:
-    """All figures of a model (of several seeds of it, pooled) and their 95% intervals.
+    """All figures of a model (of several sets of continuations, pooled) and their 95% intervals.
 
     ``reward_idm`` and ``judge_idm`` hold `following.following`'s figures, ``quality`` holds
     psnr, ssim, motion, brightness, frechet_reward_idm and frechet_judge_idm; the ``ci95`` of each
@@ -163,7 +163,8 @@ def summarise(
     options: dict[str, Any] = {"draws": draws, "seed": seed, "ids": pool.ids}
     out: dict[str, Any] = {
         "what": what,
-        "clips": len(pool.ids),
+        "clips": len(set(pool.ids.tolist())),
+        "continuations": len(pool.ids),
         "actions_per_clip": runs[0].commanded.shape[1],
     }
     for idm in IDMS:

@@ -28,7 +28,8 @@ from rlir.grpo.reward import InverseReward, Reward, draw
 from rlir.models.tokenizer import Tokenizer
 from rlir.models.world_model import WorldModel
 from rlir.ops import group_advantage
-from rlir.rollout.loop import Rollouts, inference_copy, rollout
+from rlir.rollout.engine import RolloutEngine, rollout_seed
+from rlir.rollout.loop import Rollouts, inference_copy
 from rlir.tracing import span
 from rlir.training import STATE, InterruptedRun, interruptible, make_optimizer, step_generator
 
@@ -101,13 +102,12 @@ class GrpoTrainer:
         prompts = self.clips.clip(self.codes, starts, 1)[:, 0]
         actions = self.clips.clip(self.clips.actions, starts, config.frames)[:, :-1]
         begin = time.perf_counter()
-        rollouts = rollout(
-            inference_copy(self.model),
+        rollouts = RolloutEngine(self.model).rollout(
             prompts,
             actions,
             group_size=config.group_size,
             temperature=config.temperature,
-            generator=generator,
+            seed=rollout_seed(config.seed, self.step),
         )
         middle = time.perf_counter()
         commanded = actions.repeat_interleave(config.group_size, 0)

@@ -1,78 +1,9 @@
-"""Log-probability and entropy of chosen tokens, for the other modules of this package."""
+"""Log-probability of chosen tokens where a trainer has the logits already."""
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from rlir import ops
-
-CHUNK = 512  # rows whose logits the plain path holds at a time
-
-
-def selected(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    temperature: float = 1.0,
-    compute_entropy: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    """log softmax(hidden weight^T + bias, / temperature)[targets] and the entropy of each row.
-
-    hidden [N, H], weight [V, H], targets [N]; results [N]. By ``rlir.ops.selected_logprob`` where
-    it is built, otherwise in plain PyTorch, a chunk of rows at a time.
-    """
-    fused = getattr(ops, "selected_logprob", None)
-    if fused is not None:
-        logprob, entropy = fused(
-            hidden,
-            weight,
-            targets,
-            bias=bias,
-            temperature=temperature,
-            compute_entropy=compute_entropy,
-        )
-        return logprob, entropy if compute_entropy else None
-    return selected_plain(
-        hidden,
-        weight,
-        targets,
-        bias=bias,
-        temperature=temperature,
-        compute_entropy=compute_entropy,
-    )
-
-
-def selected_plain(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    temperature: float = 1.0,
-    compute_entropy: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    """The same in plain PyTorch; the backward pass computes a chunk's logits again."""
-
-    def rows(h: Tensor, w: Tensor, b: Tensor | None, t: Tensor) -> tuple[Tensor, Tensor]:
-        dtype = torch.promote_types(h.dtype, w.dtype)
-        logits = torch.nn.functional.linear(h.to(dtype), w.to(dtype), b)
-        logits = logits.to(torch.promote_types(dtype, torch.float32)) / temperature
-        total = logits.logsumexp(-1)
-        logprob = logits.gather(-1, t[:, None])[:, 0] - total
-        if not compute_entropy:
-            return logprob, logprob
-        return logprob, total - (logits.softmax(-1) * logits).sum(-1)
-
-    parts = []
-    for begin in range(0, max(len(targets), 1), CHUNK):
-        part = slice(begin, begin + CHUNK)
-        parts.append(
-            checkpoint(rows, hidden[part], weight, bias, targets[part], use_reentrant=False)
-        )
-    logprob, entropy = (torch.cat(x) for x in zip(*parts, strict=True))
-    return logprob, entropy if compute_entropy else None
+CHUNK = 512  # rows that are in float32 at a time
 
 
 class _FromLogits(torch.autograd.Function):

@@ -3,9 +3,9 @@
     from rlir.integrations.trl import FusedGRPOTrainer as GRPOTrainer
 
 What is fused: the loss with its statistics (``policy_loss``), the advantages
-(``group_advantage``), and, where ``rlir.ops.selected_logprob`` is built, the log-probabilities and
-entropies. Whatever the ops do not cover goes through TRL's own code: ``unfused`` says what and why.
-Written against TRL 1.16, whose private methods it overrides.
+(``group_advantage``), and, on the CPU, the log-probabilities and entropies (``selected_logprob``),
+without the logits. Whatever the ops do not cover goes through TRL's own code: ``unfused`` says what
+and why. Written against TRL 1.16, whose private methods it overrides.
 """
 
 from collections.abc import Iterator
@@ -18,9 +18,9 @@ from trl import GRPOTrainer
 from trl.trainer import utils as trl_utils
 
 from rlir import ops
-from rlir.integrations import logprob as logprobs
 from rlir.integrations.weights import weighted
 
+_DTYPES = {torch.float32, torch.bfloat16}
 LOSS_TYPES = ("grpo", "dr_grpo", "bnpo", "dapo", "cispo")
 _MODEL_INPUTS = (
     "pixel_values",
@@ -197,6 +197,8 @@ class _Selected:
         outputs: tuple[str, ...],
     ) -> tuple[Tensor | None, ...]:
         covered = {"log_probs", "entropy"}.issuperset(outputs) and logit_scale > 0
+        # Elsewhere the op is plain PyTorch as yet, which holds all logits; TRL's does not.
+        covered &= hidden.is_cpu and {hidden.dtype, weight.dtype} <= _DTYPES
         if final_logit_softcapping is not None or not covered:
             found: tuple[Tensor | None, ...] = self.chunked.apply(
                 hidden,
@@ -210,7 +212,7 @@ class _Selected:
                 outputs,
             )
             return found
-        logprob, entropy = logprobs.selected(
+        logprob, entropy = ops.selected_logprob(
             hidden,
             weight,
             targets,
@@ -223,11 +225,8 @@ class _Selected:
 
 @contextmanager
 def _selected_logprob() -> Iterator[None]:
-    """TRL's fused LM head computes with ``rlir.ops.selected_logprob`` here, if that is built."""
+    """TRL's fused LM head computes with ``rlir.ops.selected_logprob`` here."""
     chunked = trl_utils._ChunkedLogProbFunction
-    if not hasattr(ops, "selected_logprob"):
-        yield
-        return
     trl_utils._ChunkedLogProbFunction = _Selected(chunked)
     try:
         yield

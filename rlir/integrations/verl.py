@@ -157,7 +157,7 @@ class FusedLinearForPPO(torch.nn.Module):
 
         Returns log-probabilities (float32) and entropies (in the dtype of hidden_states).
         """
-        logprob, entropy = logprobs.selected(
+        logprob, entropy = ops.selected_logprob(
             hidden_states.reshape(-1, hidden_states.shape[-1]),
             vocab_weights,
             input_ids.reshape(-1).to(torch.int64),

@@ -126,8 +126,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, rows: int = 128) -> Tensor
     """Softmax(q k^T / sqrt(d)) v, causal: q [B, H, T, d], k and v [B, Hkv, T, d] -> [B, H, T, d].
 
     Plain batched products, ``rows`` queries at a time over the keys that they see; heads that
-    share keys go through one product. For clips of a few hundred tokens this takes a third of the
-    time of torch's CPU kernel (48 against 145 ms forward and backward for 16 clips of 343 tokens).
+    share keys go through one product. For clips of a few hundred tokens this takes a fraction of
+    the time of torch's CPU kernel (benchmarks/bench_training_attention.py).
     """
     b, heads, t, d = q.shape
     n = k.shape[1]

@@ -64,7 +64,7 @@ def _facts(report: Mapping[str, Any]) -> str:
             str(report["paradigm"]),
             f"seed {report['seed']}",
             f"{report['steps']} steps",
-            f"{report['base']['clips']} held-out clips",
+            tables.clips_and_continuations(report["base"]),
             str(report["environment"].get("date", "")),
         )
     )

@@ -137,6 +137,12 @@ def _header(report: Mapping[str, Any]) -> list[str]:
     return out
 
 
+def clips_and_continuations(summary: Mapping[str, Any]) -> str:
+    """What was scored, in a few words."""
+    clips, total = summary["clips"], summary["continuations"]
+    return f"{clips} held-out clips" + (f", each {total // clips} times" if total > clips else "")
+
+
 def text_table(report: Mapping[str, Any]) -> str:
     """The table for a terminal, with 95% intervals over clips in brackets."""
     groups = _lines(report)
@@ -152,7 +158,8 @@ def text_table(report: Mapping[str, Any]) -> str:
     out = [render(header)]
     for title, lines in groups:
         out += ["", title, *(render(line, "  ") for line in lines)]
-    out += ["", f"{report['base']['clips']} clips; in brackets: 95% intervals over clips"]
+    counts = clips_and_continuations(report["base"])
+    out += ["", f"{counts}; in brackets: 95% intervals over clips"]
     return "\n".join(out)
 
 

@@ -1,13 +1,15 @@
 """Group rollouts: every prompt continued ``group_size`` times under one action sequence.
 
-The prompt is prefilled once a group and its keys and values are copied to the members; the cache
-is allocated once for the longest stream; sampling draws from the true distribution, and the
-log-probability of each sampled token is kept.
+Plain PyTorch, and the reference of ``rlir.rollout.engine``, which is what rolls out: the prompt is
+prefilled once a group and its keys and values are copied to the members; the cache is allocated
+once for the longest stream; the code at stream position n is drawn by ``sample_tokens`` with
+(seed, offset n, row id), and its log-probability is kept.
 
 Legend: P prompts, G group size, L frames with the prompt, S visual tokens, A action tokens.
 """
 
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from rlir.errors import InputError
 from rlir.models.world_model import Layer, WorldModel
+from rlir.ops import sample_tokens
 from rlir.tracing import span
 
 
@@ -87,29 +90,36 @@ def _forward(model: WorldModel, x: Tensor, caches: list[Cache], start: int) -> T
     return x
 
 
-def rollout(
-    policy: WorldModel,
-    prompts: Tensor,
-    actions: Tensor,
-    *,
-    group_size: int = 1,
-    temperature: float = 1.0,
-    generator: torch.Generator,
-) -> Rollouts:
-    """Continue each prompt ``group_size`` times.
+@dataclass(frozen=True)
+class RolloutOptions:
+    """How prompts are continued: the options of ``rollout``."""
 
-    prompts: codes int64 [P, S]; actions: classes int64 [P, L - 1, F]. Rows of the result are
-    grouped: prompt p's members are rows p * G .. (p + 1) * G. ``temperature`` 0 is greedy (the
-    log-probability is then that of the untempered model).
-    """
+    group_size: int
+    temperature: float
+    seed: int
+    row_ids: Tensor | None
+
+
+def check_rollout(
+    policy: WorldModel, prompts: Tensor, actions: Tensor, options: RolloutOptions
+) -> None:
+    """Refuses what cannot be rolled out."""
+    group_size, temperature = options.group_size, options.temperature
+    seed, row_ids = options.seed, options.row_ids
     config = policy.config
-    p, s = prompts.shape
-    length, b = actions.shape[1] + 1, prompts.shape[0] * group_size
-    if group_size < 1 or temperature < 0:
+    if group_size < 1 or not 0 <= temperature < math.inf:
         raise InputError(
             f"rollout: group_size must be >= 1 and temperature >= 0, "
             f"got {group_size} and {temperature}"
         )
+    for name, x, dims in (("prompts", prompts, 2), ("actions", actions, 3)):
+        if x.dim() != dims or x.dtype != torch.int64 or x.device.type != "cpu":
+            raise InputError(
+                f"rollout: {name} must be int64 of {dims} dimensions on the CPU, "
+                f"got {x.dtype} of shape {tuple(x.shape)} on {x.device}"
+            )
+    p, s = prompts.shape
+    length = actions.shape[1] + 1
     if s != config.tokens or length > config.frames:
         raise InputError(
             f"rollout: prompts must have {config.tokens} tokens and clips at most "
@@ -124,6 +134,42 @@ def rollout(
             f"rollout: codes must be from 0 and below {config.codes}, "
             f"got {int(prompts.min())} to {int(prompts.max())}"
         )
+    if not 0 <= seed < 2**63:
+        raise InputError(f"rollout: seed must be from 0 and below 2^63, got {seed}")
+    if row_ids is not None and (row_ids.dtype != torch.int64 or row_ids.shape != (p * group_size,)):
+        raise InputError(
+            f"rollout: row_ids must be int64 [{p * group_size}], "
+            f"got {row_ids.dtype} of shape {tuple(row_ids.shape)}"
+        )
+
+
+def row_numbers(rollouts: int, row_ids: Tensor | None) -> Tensor:
+    """Who each rollout is: ``row_ids``, or 0, 1, ... ."""
+    return torch.arange(rollouts) if row_ids is None else row_ids.contiguous()
+
+
+def rollout(
+    policy: WorldModel,
+    prompts: Tensor,
+    actions: Tensor,
+    *,
+    group_size: int = 1,
+    temperature: float = 1.0,
+    seed: int,
+    row_ids: Tensor | None = None,
+) -> Rollouts:
+    """Continue each prompt ``group_size`` times.
+
+    prompts: codes int64 [P, S]; actions: classes int64 [P, L - 1, F]; row_ids int64 [P * G]: who
+    a rollout is, 0, 1, ... if None. Rows of the result are grouped: prompt p's members are rows
+    p * G .. (p + 1) * G. ``temperature`` 0 is greedy (the log-probability is then that of the
+    untempered model).
+    """
+    options = RolloutOptions(group_size, temperature, seed, row_ids)
+    check_rollout(policy, prompts, actions, options)
+    config = policy.config
+    p, s = prompts.shape
+    length, b = actions.shape[1] + 1, prompts.shape[0] * group_size
     with span("rollout", b), torch.inference_mode():
         blocks = policy.action_ids(actions)
         dtype = policy.lm_head.weight.dtype
@@ -141,11 +187,37 @@ def rollout(
         codes[:, 0] = prompts.repeat_interleave(group_size, 0)
         logprob = torch.empty(b, length - 1, s)
         entropy = torch.empty(length - 1, s)
+        draw = Draw(temperature, seed, row_numbers(b, row_ids))
         for t in range(1, length):
             with span("rollout.frame", b * s):
-                _frame(policy, caches, codes, blocks, logprob, entropy, t, temperature, generator)
+                _frame(policy, caches, codes, blocks, logprob, entropy, t, draw)
     # Copied outside of inference mode: autograd takes no tensor that was made in it.
     return Rollouts(codes.clone(), logprob.clone(), entropy.clone())
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How tokens are drawn."""
+
+    temperature: float
+    seed: int
+    row_ids: Tensor
+
+    def __call__(self, logits: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Token, log-probability and entropy [B] of logits float32 [B, V] of a stream position."""
+        if self.temperature:
+            token, logprob, entropy = sample_tokens(
+                logits,
+                temperature=self.temperature,
+                seed=self.seed,
+                offset=position,
+                row_ids=self.row_ids,
+            )
+            return token, logprob, entropy
+        distribution = logits.log_softmax(-1)
+        token = distribution.argmax(-1)
+        entropy = -(distribution.exp() * distribution).sum(-1)
+        return token, distribution.gather(1, token[:, None])[:, 0], entropy
 
 
 def _frame(
@@ -156,12 +228,11 @@ def _frame(
     logprob: Tensor,
     entropy: Tensor,
     t: int,
-    temperature: float,
-    generator: torch.Generator,
+    draw: Draw,
 ) -> None:
     """Sample frame t of every rollout in place."""
     config = policy.config
-    b, s = codes.shape[0], config.tokens
+    s = config.tokens
     start = s + (t - 1) * config.block
     stem = policy.stem(codes[:, t - 1], blocks[:, t - 1])
     # The previous frame's last token is in no cache yet: it goes in with the action block.
@@ -175,18 +246,8 @@ def _frame(
         x = _forward(policy, x, caches, start)
         start += x.shape[1]
         logits = policy.lm_head(policy.norm(x[:, -1])).float()
-        scaled = logits / temperature if temperature else logits
-        distribution = scaled.log_softmax(-1)
-        if temperature:
-            cumulative = distribution.exp().cumsum_(-1)
-            draw = torch.rand(b, 1, generator=generator) * cumulative[:, -1:]
-            token = torch.searchsorted(cumulative, draw, right=True)[:, 0].clamp_(
-                max=config.codes - 1
-            )
-        else:
-            token = distribution.argmax(-1)
+        token, logprob[:, t - 1, i], each = draw(logits, start)
         codes[:, t, i] = token
-        logprob[:, t - 1, i] = distribution.gather(1, token[:, None])[:, 0]
-        entropy[t - 1, i] = -(distribution.exp() * distribution).sum(-1).mean()
+        entropy[t - 1, i] = each.mean()
     if t + 1 < codes.shape[1]:  # the last token's keys and values, for the frames to come
         _forward(policy, policy.embed(codes[:, t, s - 1 :], start), caches, start)

@@ -125,7 +125,8 @@ def test_seeds_are_pooled_by_clip(base):
     assert pooled["before"] == one["before"]
     same = gains([base] * 3, [posts[0]] * 3, draws=300)["judge_reward"]
     assert same["ci95"] == pytest.approx(one["ci95"])  # repeating a run is no evidence
-    assert summarise(posts, draws=10)["clips"] == 3 * CLIPS
+    pooled = summarise(posts, draws=10)
+    assert (pooled["clips"], pooled["continuations"]) == (CLIPS, 3 * CLIPS)
 
 
 def test_inconsistent_clips_are_named(base):

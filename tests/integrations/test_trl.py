@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlir import ops
-from rlir.integrations import logprob as logprobs
 from rlir.ops import policy_loss, policy_loss_reference
 
 pytest.importorskip("trl", reason="TRL is not installed (the extra dev brings it)")
@@ -212,7 +212,7 @@ def test_trls_trainer_has_the_same_losses(case: str, tmp_path: Path) -> None:
 
 
 def test_the_fused_trainer_calls_the_ops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And ``selected_logprob`` wherever it is there, for policy and reference."""
+    """``selected_logprob`` for policy and reference."""
     calls: list[str] = []
 
     def counted(name: str, op: Any) -> Any:
@@ -223,15 +223,44 @@ def test_the_fused_trainer_calls_the_ops(tmp_path: Path, monkeypatch: pytest.Mon
         return call
 
     expected = train(GRPOTrainer, tmp_path / "plain", max_steps=2)
-    for name in ("policy_loss", "group_advantage"):
+    for name in ("policy_loss", "group_advantage", "selected_logprob"):
         monkeypatch.setattr(ops, name, counted(name, getattr(ops, name)))
-    selected = getattr(ops, "selected_logprob", logprobs.selected_plain)
-    monkeypatch.setattr(
-        ops, "selected_logprob", counted("selected_logprob", selected), raising=False
-    )
     got = train(FusedGRPOTrainer, tmp_path / "fused", max_steps=2)
     assert calls.count("policy_loss") == 2
     assert calls.count("group_advantage") == 1
     assert calls.count("selected_logprob") >= 3
     assert curve(got, "loss") == pytest.approx(curve(expected, "loss"), rel=2e-3, abs=2e-5)
     assert curve(got, "entropy") == pytest.approx(curve(expected, "entropy"), rel=1e-4)
+
+
+class Sizes(TorchDispatchMode):
+    """The largest tensor that any operation made, forward and backward, in bytes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, Tensor):
+                self.largest = max(self.largest, tensor.numel() * tensor.element_size())
+        return out
+
+
+def test_the_fused_trainer_needs_less_memory(tmp_path: Path) -> None:
+    """Nothing of [tokens, vocabulary] in a training step, where TRL holds its logits."""
+    largest = {}
+    for kind in (GRPOTrainer, FusedGRPOTrainer):
+        seen: list[int] = []
+
+        class Watched(kind):  # type: ignore[misc, valid-type]
+            def compute_loss(self, *args: Any, **options: Any) -> Any:
+                with Sizes() as sizes:
+                    loss = super().compute_loss(*args, **options)
+                    loss.backward(retain_graph=True)
+                self.model.zero_grad()
+                seen.append(sizes.largest)  # noqa: B023
+                return loss
+
+        train(Watched, tmp_path / kind.__name__, words=20_000, max_steps=1)
+        largest[kind] = max(seen)
+    assert largest[FusedGRPOTrainer] < largest[GRPOTrainer] / 2

@@ -12,9 +12,10 @@ from trl import GRPOConfig
 WORDS = [f"w{i}" for i in range(60)]
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
-    plain = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+def tokenizer(words: int) -> PreTrainedTokenizerFast:
+    names = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(words))]
+    vocabulary = {name: i for i, name in enumerate(names)}
+    plain = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     plain.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
         tokenizer_object=plain,
@@ -25,11 +26,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def llama(seed: int = 0) -> LlamaForCausalLM:
+def llama(words: int, seed: int = 0) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(WORDS) + 3,
+            vocab_size=words + 3,
             hidden_size=32,
             intermediate_size=48,
             num_hidden_layers=2,
@@ -51,7 +52,7 @@ def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [sum(i % 2 == 0 for i in ids) / max(len(ids), 1) for ids in completion_ids]
 
 
-def train(trainer_class: type, out: Path, **options: Any) -> Any:
+def train(trainer_class: type, out: Path, *, words: int = len(WORDS), **options: Any) -> Any:
     """A trainer of ``trainer_class`` after a few steps; its losses are in ``state.log_history``."""
     settings: dict[str, Any] = {
         "output_dir": str(out),
@@ -72,13 +73,13 @@ def train(trainer_class: type, out: Path, **options: Any) -> Any:
         **options,
     }
     prompts = [{"prompt": " ".join(WORDS[i : i + 3])} for i in range(0, 48, 3)]
-    llama().save_pretrained(out / "base")  # the trainer reads the reference from there as well
+    llama(words).save_pretrained(out / "base")  # the trainer reads the reference from there as well
     trainer = trainer_class(
         model=str(out / "base"),
         reward_funcs=reward,
         args=GRPOConfig(**settings),
         train_dataset=Dataset.from_list(prompts),
-        processing_class=tokenizer(),
+        processing_class=tokenizer(words),
     )
     trainer.train()
     return trainer

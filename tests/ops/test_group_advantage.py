@@ -1,12 +1,10 @@
 """group_advantage: reference, CPU and CUDA kernels against the formula in extended precision."""
 
 import functools
-import json
 import os
 import subprocess
 import sys
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,10 +23,10 @@ from group_advantage_cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from isas import assert_same_bits_everywhere
 from testkit import same
 from torch import Tensor
 
-from rlir import _build_info, _library
 from rlir.errors import InputError
 from rlir.ops import group_advantage, group_advantage_reference
 
@@ -247,25 +245,8 @@ def test_the_cuda_kernel_gives_the_bits_of_the_cpu(
         assert same(CHECKED(*args, scale=scale, baseline=baseline), want)
 
 
-def digests_elsewhere(isa: str, threads: int) -> dict[str, str]:
-    """``digests`` in another process, under an instruction set and a number of threads."""
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("group_advantage_cases.py")), str(threads)],
-        env={**os.environ, "RLIR_CPU_ISA": isa},
-        capture_output=True,
-        check=True,
-    )
-    found = dict(json.loads(done.stdout))
-    assert found.pop("isa") == isa
-    return found
-
-
 def test_bits_do_not_depend_on_instruction_set_or_threads() -> None:
-    best = _library.CPU_ISAS.index(_build_info.detected_cpu_isa())
-    isas = [isa for isa in _build_info.cpu_isas if _library.CPU_ISAS.index(isa) <= best]
-    first = digests_elsewhere(isas[0], 1)
-    for isa, threads in [*((isa, 1) for isa in isas[1:]), (isas[-1], 3)]:
-        assert digests_elsewhere(isa, threads) == first, f"{isa} with {threads} threads differs"
+    assert_same_bits_everywhere("group_advantage_cases.py")
 
 
 def test_reference_can_be_forced() -> None:

@@ -3,13 +3,11 @@
 This file is longer than most: one op with many options, and every one of its promises.
 """
 
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from isas import assert_same_bits_everywhere
 from policy_loss_cases import (
     DTYPES,
     ESTIMATORS,
@@ -30,7 +29,6 @@ from policy_loss_cases import (
 )
 from torch import Tensor
 
-from rlir import _build_info, _library
 from rlir.errors import InputError
 from rlir.ops import policy_loss, policy_loss_reference
 
@@ -359,25 +357,8 @@ def test_a_rows_gradient_does_not_depend_on_the_rest_of_the_batch() -> None:
             assert alone[0].equal(whole[i])
 
 
-def digests_elsewhere(isa: str, threads: int) -> dict[str, str]:
-    """``digests`` in another process, under an instruction set and a number of threads."""
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("policy_loss_cases.py")), str(threads)],
-        env={**os.environ, "RLIR_CPU_ISA": isa},
-        capture_output=True,
-        check=True,
-    )
-    found = dict(json.loads(done.stdout))
-    assert found.pop("isa") == isa
-    return found
-
-
 def test_bits_do_not_depend_on_instruction_set_or_threads() -> None:
-    best = _library.CPU_ISAS.index(_build_info.detected_cpu_isa())
-    isas = [isa for isa in _build_info.cpu_isas if _library.CPU_ISAS.index(isa) <= best]
-    first = digests_elsewhere(isas[0], 1)
-    for isa, threads in [*((isa, 1) for isa in isas[1:]), (isas[-1], 3)]:
-        assert digests_elsewhere(isa, threads) == first, f"{isa} with {threads} threads differs"
+    assert_same_bits_everywhere("policy_loss_cases.py")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -1,20 +1,16 @@
 """selected_logprob: the reference and the CPU kernels against float64; gradients; bits.
 
-Longer than most: forward and backward, every option of the support, one kernel.
+A long file: forward and backward, every option of the support, one kernel.
 """
 
-import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from isas import assert_same_bits_everywhere
 from selected_logprob_cases import (
     BF16,
     DTYPES,
@@ -29,7 +25,6 @@ from selected_logprob_cases import (
 )
 from torch import Tensor
 
-from rlir import _build_info, _library
 from rlir.ops import (
     head_logits,
     head_logits_reference,
@@ -373,28 +368,9 @@ def test_bits_do_not_depend_on_the_rest_of_the_batch(dtypes: tuple) -> None:
         assert head_logits(y.hidden, y.weight).equal(logits[rows])
 
 
-def digests_elsewhere(isa: str, threads: int) -> dict[str, str]:
-    """``digests`` in another process, under an instruction set and a number of threads."""
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("selected_logprob_cases.py")), str(threads)],
-        env={**os.environ, "RLIR_CPU_ISA": isa},
-        capture_output=True,
-        check=True,
-    )
-    found = dict(json.loads(done.stdout))
-    assert found.pop("isa") == isa
-    return found
-
-
 def test_bits_do_not_depend_on_instruction_set_or_threads() -> None:
     """Also in bfloat16, also through vdpbf16ps; with sample_tokens and head_logits."""
-    best = _library.CPU_ISAS.index(_build_info.detected_cpu_isa())
-    isas = [isa for isa in _build_info.cpu_isas if _library.CPU_ISAS.index(isa) <= best]
-    first = digests_elsewhere(isas[0], 1)
-    for isa, threads in [*((isa, 1) for isa in isas[1:]), (isas[-1], 3)]:
-        found = digests_elsewhere(isa, threads)
-        different = [k for k in first if found[k] != first[k]]
-        assert not different, f"{isa} with {threads} threads differs: {different}"
+    assert_same_bits_everywhere("selected_logprob_cases.py")
 
 
 # --- head_logits ---------------------------------------------------------------------------------

@@ -231,7 +231,7 @@ def test_text_table_is_aligned_and_complete(full):
     row = next(line for line in lines if line.strip().startswith("PSNR"))
     assert row.index(f"{full['base']['quality']['psnr']:.2f}") == header.index("base")
     assert any(line.strip().startswith("forward / back") for line in lines)
-    assert lines[-1].startswith("24 clips")
+    assert lines[-1].startswith("24 held-out clips; in brackets")
 
 
 def test_markdown_table_has_a_cell_a_column(minimal):

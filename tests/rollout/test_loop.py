@@ -33,10 +33,7 @@ def prompts_and_actions(count: int, length: int, seed: int = 0) -> tuple[Tensor,
 
 
 def draw(model: WorldModel, prompts: Tensor, actions: Tensor, seed: int = 0, **more) -> Rollouts:
-    generator = torch.Generator().manual_seed(seed)
-    return rollout(
-        inference_copy(model, torch.float32), prompts, actions, generator=generator, **more
-    )
+    return rollout(inference_copy(model, torch.float32), prompts, actions, seed=seed, **more)
 
 
 def teacher_forced(model: WorldModel, codes: Tensor, actions: Tensor) -> Tensor:
@@ -78,8 +75,7 @@ def test_log_probabilities_are_those_of_a_teacher_forced_forward(
 def test_a_rounded_policy_is_near_its_model() -> None:
     model = make()
     prompts, actions = prompts_and_actions(3, 5)
-    generator = torch.Generator().manual_seed(0)
-    drawn = rollout(inference_copy(model), prompts, actions, group_size=2, generator=generator)
+    drawn = rollout(inference_copy(model), prompts, actions, group_size=2, seed=0)
     exact = teacher_forced(model, drawn.codes, actions.repeat_interleave(2, 0))
     chosen = exact.gather(-1, drawn.codes[:, 1:, :, None])[..., 0]
     assert drawn.logprob.dtype == torch.float32
@@ -104,11 +100,10 @@ def test_greedy_is_the_argmax_of_a_teacher_forced_forward(
 def test_greedy_members_of_a_group_are_equal_and_draw_nothing() -> None:
     model = make()
     prompts, actions = prompts_and_actions(2, 4)
-    generator = torch.Generator().manual_seed(3)
-    before = generator.get_state()
-    policy = inference_copy(model, torch.float32)
-    drawn = rollout(policy, prompts, actions, group_size=3, temperature=0, generator=generator)
-    assert torch.equal(generator.get_state(), before)
+    drawn = draw(model, prompts, actions, seed=3, group_size=3, temperature=0)
+    assert torch.equal(
+        drawn.codes, draw(model, prompts, actions, 4, group_size=3, temperature=0).codes
+    )
     groups = drawn.codes.view(2, 3, 4, S)
     assert (groups == groups[:, :1]).all()
 
@@ -224,6 +219,12 @@ def test_the_inference_copy_is_rounded_frozen_and_apart() -> None:
         ({"actions": torch.full((2, 4, 4), 9)}, "classes of doom must be from 0"),
         ({"prompts": torch.full((2, S), V)}, f"codes must be from 0 and below {V}"),
         ({"prompts": torch.full((2, S), -1)}, f"codes must be from 0 and below {V}"),
+        ({"prompts": torch.zeros(2, S)}, "prompts must be int64 of 2 dimensions"),
+        ({"actions": torch.zeros(2, 4, dtype=torch.int64)}, "actions must be int64 of 3"),
+        ({"seed": -1}, "seed must be from 0 and below 2.63, got -1"),
+        ({"seed": 2**63}, "seed must be from 0"),
+        ({"temperature": float("nan")}, "temperature >= 0, got 1 and nan"),
+        ({"row_ids": torch.zeros(3, dtype=torch.int64)}, r"row_ids must be int64 \[2\]"),
     ],
 )
 def test_input_that_does_not_fit_is_refused(change: dict, message: str) -> None:

@@ -1,0 +1,237 @@
+// Attention of one row over the cache of cpu/decoder.h: shared positions, then its own, in one
+// softmax. Scores, weights and values stay in the first caches; two queries of a key head go
+// together, so that a vector of keys or values is loaded once for both.
+//
+// Internal linkage: compiled once per instruction set.
+#pragma once
+
+#include "cpu/softmax.h"
+#include "cpu/words.h"
+
+namespace rlir::cpu {
+namespace {  // nothing here may be shared between instruction sets
+
+#if defined(__AVX512F__)
+constexpr int kScoreBlocks = 4;   // 16 positions each, at a time
+constexpr int kValueVectors = 4;  // vectors of d at a time
+#elif defined(__AVX2__) && defined(__FMA__)
+constexpr int kScoreBlocks = 2;
+constexpr int kValueVectors = 4;
+#else
+constexpr int kScoreBlocks = 1;
+constexpr int kValueVectors = 4;
+#endif
+constexpr int64_t kKeyGroup = 64;          // positions whose keys lie together: [words of d][64]
+constexpr float kLeastWeight = 0x1p-100f;  // softmax weights below are 0: none is subnormal
+
+// Positions 0 .. count - 1 of one head of one sequence. A cache is read once a step, faster than
+// memory brings it by itself: while a segment is read, the same places of the next one are asked
+// for (next_k, next_v; those of the segment itself where there is none).
+template <typename F>
+struct Segment {
+  const typename F::Word *k, *v;
+  int64_t count;
+  const typename F::Word *next_k, *next_v;
+};
+
+template <int kVectors16>
+inline void ask_for(const void* x) {  // whole lines of 64 bytes
+#pragma GCC unroll 4
+  for (int i = 0; i < kVectors16; ++i) {
+    __builtin_prefetch(static_cast<const char*>(x) + 64 * i, 0, 2);
+  }
+}
+
+// Not inlined: amid other code the compiler runs out of registers and spills in the loop.
+template <typename F, int kQueries, int kBlocks>
+__attribute__((noinline)) void score_blocks(float* const* scores, const typename F::Word* const* q,
+                                            const typename F::Word* k, const typename F::Word* next,
+                                            int64_t words) {
+  constexpr int kParts = kBlocks * kPer16;
+  Vf sums[kQueries][kParts] = {};
+  for (int64_t w = 0; w < words; ++w) {
+    typename F::Lanes lanes[kParts];
+    ask_for<kBlocks>(next + w * kKeyGroup);
+#pragma GCC unroll 8
+    for (int i = 0; i < kParts; ++i) {
+      lanes[i] = F::load_lanes(k + w * kKeyGroup + i * kWidth);
+    }
+#pragma GCC unroll 2
+    for (int j = 0; j < kQueries; ++j) {
+      const typename F::Lanes value = F::broadcast(q[j] + w);
+#pragma GCC unroll 8
+      for (int i = 0; i < kParts; ++i) sums[j][i] = F::multiply_add(lanes[i], value, sums[j][i]);
+    }
+  }
+#pragma GCC unroll 2
+  for (int j = 0; j < kQueries; ++j) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kParts; ++i) store_vector(scores[j] + i * kWidth, sums[j][i]);
+  }
+}
+
+// scores[j][0 .. count rounded up to 16): q_j k; what lies beyond count is anything.
+template <typename F, int kQueries>
+inline void scores_of(float* const* scores, const typename F::Word* const* q,
+                      const Segment<F>& seen, int64_t words) {
+  const int64_t end = round_up(seen.count, 16);
+  float* at[kQueries];
+  for (int64_t i = 0; i < end;) {
+    const int64_t start = i / kKeyGroup * kKeyGroup * words + i % kKeyGroup;
+    const auto *k = seen.k + start, *next = seen.next_k + start;
+    for (int j = 0; j < kQueries; ++j) at[j] = scores[j] + i;
+    if (i + kScoreBlocks * 16 <= end) {  // a divisor of the group: whole ones stay within
+      score_blocks<F, kQueries, kScoreBlocks>(at, q, k, next, words);
+      i += kScoreBlocks * 16;
+    } else {
+      score_blocks<F, kQueries, 1>(at, q, k, next, words);
+      i += 16;
+    }
+  }
+}
+
+template <typename F, int kQueries, int kUsed>
+__attribute__((noinline)) void value_lanes(float* const* out,
+                                           const typename F::Word* const* weights,
+                                           const typename F::Word* v, const typename F::Word* next,
+                                           int64_t words, int64_t stride) {
+  Vf sums[kQueries][kUsed];
+#pragma GCC unroll 2
+  for (int j = 0; j < kQueries; ++j) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kUsed; ++i) sums[j][i] = load_vector(out[j] + i * kWidth);
+  }
+  for (int64_t w = 0; w < words; ++w) {
+    typename F::Lanes lanes[kUsed];
+    ask_for<(kUsed + kPer16 - 1) / kPer16>(next + w * stride);
+#pragma GCC unroll 4
+    for (int i = 0; i < kUsed; ++i) lanes[i] = F::load_lanes(v + w * stride + i * kWidth);
+#pragma GCC unroll 2
+    for (int j = 0; j < kQueries; ++j) {
+      const typename F::Lanes value = F::broadcast(weights[j] + w);
+#pragma GCC unroll 4
+      for (int i = 0; i < kUsed; ++i) sums[j][i] = F::multiply_add(lanes[i], value, sums[j][i]);
+    }
+  }
+#pragma GCC unroll 2
+  for (int j = 0; j < kQueries; ++j) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kUsed; ++i) store_vector(out[j] + i * kWidth, sums[j][i]);
+  }
+}
+
+// out[j][0 .. stride) += weights[j] v, one chain over positions.
+template <typename F, int kQueries>
+inline void add_values(float* const* out, const typename F::Word* const* weights,
+                       const Segment<F>& seen, int64_t stride) {
+  const int64_t words = words_for<F>(seen.count);
+  for (int64_t lane = 0; lane < stride; lane += kValueVectors * kWidth) {
+    float* at[kQueries];
+    for (int j = 0; j < kQueries; ++j) at[j] = out[j] + lane;
+    const auto *v = seen.v + lane, *next = seen.next_v + lane;
+    switch (at_most((stride - lane) / kWidth, kValueVectors)) {
+      case 4:
+        value_lanes<F, kQueries, 4>(at, weights, v, next, words, stride);
+        break;
+      case 3:
+        value_lanes<F, kQueries, 3>(at, weights, v, next, words, stride);
+        break;
+      case 2:
+        value_lanes<F, kQueries, 2>(at, weights, v, next, words, stride);
+        break;
+      default:
+        value_lanes<F, kQueries, 1>(at, weights, v, next, words, stride);
+    }
+  }
+}
+
+// Largest of scale times the scores of a segment, which replace them; -infinity beyond its end.
+inline Vf scale_scores(float* scores, int64_t count, float scale, Vf maximum) {
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) {
+    const Vf x = load_vector(scores + i) * splat(scale);
+    store_vector(scores + i, x);
+    maximum = max(x, maximum);
+  }
+  for (; i < round_up(count, 16); i += kWidth) {
+    const Vi inside = kLaneNumbers + static_cast<int32_t>(i) < Vi{} + static_cast<int32_t>(count);
+    const Vf x = select(inside, load_vector(scores + i) * splat(scale), splat(minus_infinity()));
+    store_vector(scores + i, x);
+    maximum = max(x, maximum);
+  }
+  return maximum;
+}
+
+// exp(score - maximum) as words; adds to 16 sums.
+template <typename F>
+inline void weights_of(typename F::Word* weights, const float* scores, int64_t count, float maximum,
+                       Vf* sums) {
+  for (int64_t i = 0; i < count; i += 16) {
+#pragma GCC unroll 4
+    for (int part = 0; part < kPer16; ++part) {
+      const int64_t at = i + part * kWidth;
+      Vf e = exp(load_vector(scores + at) - splat(maximum));
+      e = F::rounded(select(e < splat(kLeastWeight), Vf{}, e));
+      sums[part] += e;
+      F::put(weights, at, e);
+    }
+  }
+}
+
+inline float fold_sums(const Vf* sums) {
+  float lanes[16];
+  for (int part = 0; part < kPer16; ++part) store_vector(lanes + part * kWidth, sums[part]);
+  fold_lanes(lanes);
+  return lanes[0];
+}
+
+// Work space of a query.
+inline int64_t query_scratch(int64_t seen) { return 2 * (round_up(seen, 16) + 16); }
+
+// out[j] [d padded to 16] of kQueries queries q[j] of one key head.
+template <typename F, int kQueries>
+inline void attend(float* const* out, const typename F::Word* const* q, const Segment<F>& shared,
+                   const Segment<F>& own, int64_t dim, float scale, float* scratch) {
+  using Word = typename F::Word;
+  const int64_t padded = round_up(dim, 16), words = words_for<F>(dim);
+  const int64_t own_start = round_up(shared.count, 16);
+  const int64_t size = own_start + round_up(own.count, 16);
+  float *scores[kQueries], *own_scores[kQueries];
+  Word *weights[kQueries], *own_weights[kQueries];
+  for (int j = 0; j < kQueries; ++j) {
+    scores[j] = scratch + j * 2 * size;
+    own_scores[j] = scores[j] + own_start;
+    weights[j] = reinterpret_cast<Word*>(scores[j] + size);
+    own_weights[j] = weights[j] + own_start / F::kPerWord;
+  }
+  scores_of<F, kQueries>(scores, q, shared, words);
+  scores_of<F, kQueries>(own_scores, q, own, words);
+  float inverse[kQueries];
+  for (int j = 0; j < kQueries; ++j) {
+    Vf maximum = splat(minus_infinity());
+    maximum = scale_scores(scores[j], shared.count, scale, maximum);
+    maximum = scale_scores(own_scores[j], own.count, scale, maximum);
+    float m = maximum[0];
+    for (int i = 1; i < kWidth; ++i) m = maximum[i] > m ? maximum[i] : m;
+    Vf sums[kPer16] = {};
+    weights_of<F>(weights[j], scores[j], shared.count, m, sums);
+    weights_of<F>(own_weights[j], own_scores[j], own.count, m, sums);
+    inverse[j] = 1.0f / fold_sums(sums);
+    for (int64_t i = 0; i < padded; i += kWidth) store_vector(out[j] + i, Vf{});
+  }
+  const Word *from[kQueries], *own_from[kQueries];
+  for (int j = 0; j < kQueries; ++j) {
+    from[j] = weights[j];
+    own_from[j] = own_weights[j];
+  }
+  add_values<F, kQueries>(out, from, shared, padded);
+  add_values<F, kQueries>(out, own_from, own, padded);
+  for (int j = 0; j < kQueries; ++j) {
+    for (int64_t i = 0; i < padded; i += kWidth) {
+      store_vector(out[j] + i, load_vector(out[j] + i) * splat(inverse[j]));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace rlir::cpu

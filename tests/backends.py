@@ -17,8 +17,8 @@ put call and backward into ``with op.active():``, which holds the backend in pla
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -43,12 +43,16 @@ def _moved(value: Any, device: str) -> Any:
     """Tensors of an argument or result on another device, under the same strides."""
     if isinstance(value, Tensor):
         return value if value.is_meta else value.to(device)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [f.name for f in dataclasses.fields(value)]
+        return dataclasses.replace(value, **{n: _moved(getattr(value, n), device) for n in names})
     if isinstance(value, tuple | list):
-        return type(value)(_moved(v, device) for v in value)
+        moved = [_moved(v, device) for v in value]
+        return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)
     return value
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Backend:
     """An op on one backend: called like the public function."""
 

@@ -14,15 +14,13 @@
 // This file is longer than most: forward and backward share the arithmetic of a token.
 #include "cpu/policy_loss.h"
 
-#include "core/exp.h"
-#include "core/simd.h"
+#include "cpu/policy_loss_token.h"
 
 namespace rlir::cpu::RLIR_ISA {
 namespace {
 
 constexpr int kLanes = 16;
 constexpr int64_t kBlock = 256;  // tokens: a block's inputs stay in the L1 cache
-constexpr double kKlLimit = 20.0;
 
 template <typename S, typename T>
 void widen(const S* in, int64_t stride, int64_t n, T* out) {
@@ -34,6 +32,19 @@ void widen(const S* in, int64_t stride, int64_t n, T* out) {
   } else {
     for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(load(in + i * stride));
   }
+}
+
+// A native vector of tokens, and of their mask.
+template <typename T>
+inline typename Simd<T>::Vector vector_at(const T* x) {
+  typename Simd<T>::Vector v;
+  __builtin_memcpy(&v, x, sizeof v);
+  return v;
+}
+
+template <typename T>
+inline typename Simd<T>::Int mask_at(const uint8_t* mask) {
+  return widen_bytes<T>(mask) != 0;
 }
 
 template <typename T>
@@ -107,69 +118,6 @@ struct Block {
   }
 };
 
-// The arithmetic of one native vector of tokens.
-template <typename T>
-struct Token {
-  using S = Simd<T>;
-  using V = typename S::Vector;
-  using I = typename S::Int;
-
-  static V at(const T* x) {
-    V v;
-    __builtin_memcpy(&v, x, sizeof v);
-    return v;
-  }
-
-  static I mask_at(const uint8_t* mask) { return widen_bytes<T>(mask) != 0; }
-
-  const PolicyLoss& f;
-  const V low = splat(static_cast<T>(f.low)), high = splat(static_cast<T>(f.high));
-  const V delta = splat(static_cast<T>(f.delta)), zero = splat(T(0)), one = splat(T(1));
-  const V kl_limit = splat(static_cast<T>(kKlLimit));
-  const V truncated = splat(static_cast<T>(f.truncated));
-
-  V at_most_high(V c) const { return c > high ? high : c; }
-
-  // gain / v; NaN ratios stay NaN.
-  V gain(V c, V a, V p) const {
-    if (f.cispo) return a == zero ? zero : at_most_high(c) * a * p;
-    const V x = (c > delta ? delta : c) * a;
-    const V y = (c < low ? low : at_most_high(c)) * a;
-    return a == zero ? zero : (x < y ? x : y);
-  }
-
-  // d gain / d log c, of the clipped losses: what min and clamp let pass.
-  V slope(V c, V a) const {
-    const I inside = (c >= low) & (c <= high);
-    const V x = (c > delta ? delta : c) * a;
-    const V y = (c < low ? low : at_most_high(c)) * a;
-    const V first = c > delta ? zero : c, second = inside | (c != c) ? c : zero;
-    return a == zero ? zero : (x <= y ? first : second) * a;
-  }
-
-  V importance(V o, V u, I* cut) const {
-    const V v = exp_of<T>(o - u).exp;
-    *cut = v > truncated;
-    return *cut ? truncated : (v != v ? one : v);
-  }
-
-  V kl(V p, V q) const {
-    const V d = p - q;
-    if (f.kl == KlEstimator::kK1) return d;
-    if (f.kl == KlEstimator::kK2) return T(0.5) * d * d;
-    const V x = q - p;
-    const Exp<T> e = exp_of<T>(x > kl_limit ? kl_limit : x);
-    return x > kl_limit ? e.exp - x - T(1) : e.excess;
-  }
-
-  V kl_slope(V p, V q) const {
-    if (f.kl == KlEstimator::kK1) return one;
-    if (f.kl == KlEstimator::kK2) return p - q;
-    const V x = q - p;
-    return x > kl_limit ? one : -exp_of<T>(x).expm1;
-  }
-};
-
 // Sums over a block: lane i of vector j is accumulator j * S::kLanes + i, of 16.
 template <typename T>
 struct Sums {
@@ -237,7 +185,7 @@ struct Kernel {
   const Token<T> token;
   Scratch<T> scratch;
 
-  explicit Kernel(const PolicyLoss& args) : f(args), token{args} {}
+  explicit Kernel(const PolicyLoss& args) : f(args), token(args) {}
 
   // `shared`: the ratio of the row, at sequence level.
   template <bool kSequence>
@@ -246,21 +194,21 @@ struct Kernel {
     for (int64_t i = 0; i < n; i += kLanes) {
       for (int j = 0; j < kVectors; ++j) {
         const int64_t k = i + j * S::kLanes;
-        const I m = Token<T>::mask_at(b.mask + k);
-        const V zero = token.zero, p = token.at(b.p + k), o = token.at(b.o + k);
-        const V a = token.at(b.a + k), l = p - o;
+        const I m = mask_at<T>(b.mask + k);
+        const V zero = token.zero, p = vector_at(b.p + k), o = vector_at(b.o + k);
+        const V a = vector_at(b.a + k), l = p - o;
         const V c = kSequence ? shared : exp_of<T>(l).exp;
         V gain = token.gain(c, a, p), v = token.one;
         if (b.u != nullptr) {
           I cut;
-          v = token.importance(o, token.at(b.u + k), &cut);
+          v = token.importance(o, vector_at(b.u + k), &cut);
           gain = a == zero ? zero : gain * v;
           s.weight[j] += m ? v : zero;
           s.truncated[j] -= m & cut;
         }
         s.gain[j] += m ? gain : zero;
         if (b.q != nullptr) {
-          V kl = token.kl(p, token.at(b.q + k));
+          V kl = token.kl(p, vector_at(b.q + k));
           if (f.kl_importance) kl = kl * c;
           s.kl[j] += m ? kl : zero;
         }
@@ -299,8 +247,8 @@ struct Kernel {
       for (int64_t i = 0; i < n; i += kLanes) {
         for (int j = 0; j < kVectors; ++j) {
           const int64_t k = i + j * S::kLanes;
-          const I m = Token<T>::mask_at(mask + k);
-          sum[j] += m ? token.at(p + k) - token.at(o + k) : token.zero;
+          const I m = mask_at<T>(mask + k);
+          sum[j] += m ? vector_at(p + k) - vector_at(o + k) : token.zero;
           tokens[j] -= m;
         }
       }
@@ -333,27 +281,15 @@ struct Kernel {
     out.clipped_high = fold(row.clipped_high);
     out.clipped_delta = fold(row.clipped_delta);
     out.outside = fold(row.outside);
-    out.slope = 0.0;
-    if constexpr (kSequence) {
-      const double n = out.tokens > 1.0 ? out.tokens : 1.0, c = shared[0];
-      const double here = out.tokens > 0.0 ? 1.0 : 0.0;
-      out.ratio = out.lowest = out.highest = c * here;
-      out.square = c * c * here;
-      out.clipped_low /= n;
-      out.clipped_high /= n;
-      out.clipped_delta /= n;
-      out.outside /= n;
-      out.slope = -fold(row.slope) / n;
-      if (f.kl_importance && f.kl_weight != 0.0) out.slope += f.kl_weight * out.kl / n;
-    } else {
-      out.lowest = __builtin_inf();
-      out.highest = -__builtin_inf();
-      for (int i = 0; i < S::kLanes; ++i) {
-        if (row.lowest[i] < out.lowest) out.lowest = row.lowest[i];
-        if (row.highest[i] > out.highest) out.highest = row.highest[i];
-        if (row.broken[i] != 0) out.lowest = out.highest = __builtin_nan("");
-      }
+    out.slope = kSequence ? fold(row.slope) : 0.0;
+    out.lowest = __builtin_inf();
+    out.highest = -__builtin_inf();
+    for (int i = 0; i < S::kLanes; ++i) {
+      if (row.lowest[i] < out.lowest) out.lowest = row.lowest[i];
+      if (row.highest[i] > out.highest) out.highest = row.highest[i];
+      if (row.broken[i] != 0) out.lowest = out.highest = __builtin_nan("");
     }
+    finish_row(f, static_cast<double>(shared[0]), &out);
     return out;
   }
 
@@ -366,22 +302,22 @@ struct Kernel {
     const bool has_kl = b.q != nullptr && f.kl_weight != 0.0;
     const bool by_row = f.sequence && !f.cispo;
     for (int64_t i = 0; i < n; i += S::kLanes) {
-      const I m = Token<T>::mask_at(b.mask + i);
-      const V zero = token.zero, p = token.at(b.p + i), o = token.at(b.o + i);
+      const I m = mask_at<T>(b.mask + i);
+      const V zero = token.zero, p = vector_at(b.p + i), o = vector_at(b.o + i);
       const V c = f.sequence ? shared : exp_of<T>(p - o).exp;
       V g = of_row;  // 0 at token level
       if (!by_row) {
-        const V a = token.at(b.a + i);
+        const V a = vector_at(b.a + i);
         V d = f.cispo ? (a == zero ? zero : token.at_most_high(c) * a) : token.slope(c, a);
         if (b.u != nullptr) {
           I cut;
-          const V v = token.importance(o, token.at(b.u + i), &cut);
+          const V v = token.importance(o, vector_at(b.u + i), &cut);
           d = a == zero ? zero : d * v;
         }
         g -= d;
       }
       if (has_kl) {
-        const V q = token.at(b.q + i);
+        const V q = vector_at(b.q + i);
         V d = token.kl_slope(p, q);
         if (f.kl_importance) {
           if (!f.sequence) d += token.kl(p, q);

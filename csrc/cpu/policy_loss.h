@@ -21,6 +21,9 @@
 namespace rlir::cpu {
 
 enum class KlEstimator : int32_t { kK1, kK2, kK3 };
+// What scale[row] is 1 over: rows by their tokens and the rows, tokens, rows times a length, or a
+// normalizer.
+enum class PolicyLossDivision : int32_t { kRowMean, kTokenMean, kLength, kNormalizer };
 
 struct PolicyLoss {
   // [rows, columns], strides in elements (0: broadcast); data is null where there is none.
@@ -41,6 +44,7 @@ struct PolicyLoss {
   double low, high, delta;  // bounds of the ratio; infinities where there are none
   double kl_weight;
   double truncated;
+  PolicyLossDivision division;
 };
 
 // Sums over the tokens of a row that count. At sequence level, what is of the ratio (from `ratio`
@@ -49,7 +53,27 @@ struct PolicyLossRow {
   double tokens, gain, kl, log_ratio, weight, truncated;
   double ratio, square, lowest, highest;  // c, c^2, extremes of c
   double clipped_low, clipped_high, clipped_delta, outside;
-  double slope;  // sequence level: d loss / d p of every token by way of the row's ratio
+  double slope;    // sequence level: d loss / d p of every token by way of the row's ratio
+  double present;  // 1 if a token counts
+  double term;     // of the loss, before it is divided by what all rows share
+};
+
+// In the order of PolicyLossStatistics in Python.
+enum PolicyLossStatistic {
+  kTokens,
+  kKl,
+  kOldKl,
+  kRatio,
+  kRatioMin,
+  kRatioMax,
+  kEss,
+  kClippedLow,
+  kClippedHigh,
+  kClippedDelta,
+  kOutside,
+  kImportance,
+  kTruncated,
+  kPolicyLossStatistics
 };
 
 // Rows [begin, end) into `out` [rows]. A row's bits depend on the row alone.

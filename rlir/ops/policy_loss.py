@@ -120,8 +120,8 @@ def policy_loss(
             (DeepSeek-V3.2; TRL's ``use_bias_correction_kl``, there on by default).
         rollout_logprob: [B, T], of the engine that sampled, if it is another one than the trainer.
         truncated_importance: cap of exp(old - rollout); math.inf for none. Together with it.
-        normalizer: > 0; a number, or a tensor without dimensions (read on the device). None: the
-            number of tokens inside the mask.
+        normalizer: > 0; a number, or a tensor without dimensions (read on the device, where a wrong
+            one gives NaN and fails an assertion). None: the number of tokens inside the mask.
         max_length: >= 1; None: T.
 
     Returns:
@@ -145,7 +145,7 @@ def policy_loss(
     }
     tensors = (old_logprob, advantages, ref_logprob, mask, rollout_logprob)
     _check(logprob, *tensors, normalizer, max_length, **options)
-    if _library.FORCE_REFERENCE or logprob.device.type != "cpu":
+    if not _library.has_kernels(logprob):
         return _reference(logprob, *tensors, normalizer, max_length, **options)
     on_device = isinstance(normalizer, Tensor)
     inputs = (logprob, *tensors, normalizer if on_device else None)

@@ -32,6 +32,7 @@ PROBES = sorted((Path(__file__).parent / "probes").glob("*.cu"))
 FAULTS = (
     *("flow_sde_step:NOISE", "flow_sde_step:BARRIER"),
     *("inverse_reward:BARRIER", "sample_tokens:BARRIER"),
+    *("policy_loss:WARP", "policy_loss:BARRIER"),
     *("group_advantage:TAIL", "group_advantage:WAIT", "group_advantage:BARRIER"),
 )
 """Faults that a kernel's own file can have planted (RLIR_FAULT_<name>), as "op:name"."""

@@ -44,6 +44,11 @@ BUDGETS: dict[str, dict[str, Budget]] = {
     "inverse_reward": {
         "reward_kernel": Budget(threads=128, registers=80, blocks=6, shared=2624),
     },
+    "policy_loss": {
+        "row_kernel": Budget(threads=256, registers=112, blocks=2, shared=44160),
+        "finish_kernel": Budget(threads=256, registers=64, blocks=4, shared=8848),
+        "backward_kernel": Budget(threads=256, registers=80, blocks=3),
+    },
     "sample_tokens": {  # shared memory for 4096 tokens
         "sample_kernel": Budget(
             threads=512, registers=112, blocks=1, dynamic=33152, shared=1920, has=(r"LDG\S*\.128",)
@@ -57,6 +62,8 @@ HAS = {
     "step_kernel<double, 1>": (r"LDG\S*\.128", r"STG\S*\.128"),
     "backward_kernel<float, 1>": (r"LDG\S*\.128", r"STG\S*\.128"),
     "backward_kernel<double, 1>": (r"LDG\S*\.128", r"STG\S*\.128"),
+    "row_kernel<float, 1>": (r"LDG\S*\.128", r"STS\S*\.128"),
+    "row_kernel<double, 1>": (r"LDG\S*\.128", r"STS\S*\.128"),
 }
 """Machine code that must be in one of the forms of a kernel, with its template arguments."""
 

@@ -7,6 +7,7 @@ inputs; the tests run it under every instruction set.
 import hashlib
 import json
 import sys
+from contextlib import nullcontext
 from itertools import product
 from typing import Any
 
@@ -155,8 +156,9 @@ def call(op: Any, x: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor,
     """Loss, gradient and statistics (those that are there) of an op."""
     x = dict(x)
     leaf = x.pop("logprob").detach().requires_grad_()
-    loss, seen = op(leaf, x.pop("old_logprob"), x.pop("advantages"), **x, **options)
-    loss.backward()
+    with op.active() if hasattr(op, "active") else nullcontext():
+        loss, seen = op(leaf, x.pop("old_logprob"), x.pop("advantages"), **x, **options)
+        loss.backward()
     found = {k: v for k in FIELDS if (v := getattr(seen, k)) is not None}
     return loss.detach(), leaf.grad, found
 

@@ -1,4 +1,4 @@
-"""policy_loss: the reference and the CPU kernel against the formula in extended precision.
+"""policy_loss: the reference, CPU and CUDA kernels against the formula in extended precision.
 
 This file is longer than most: one op with many options, and every one of its promises.
 """
@@ -6,13 +6,13 @@ This file is longer than most: one op with many options, and every one of its pr
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from itertools import product
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from backends import Backend, backends_of, instruction_sets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from isas import assert_same_bits_everywhere
@@ -27,16 +27,17 @@ from policy_loss_cases import (
     exact,
     sample,
 )
+from testkit import same
 from torch import Tensor
 
 from rlir.errors import InputError
 from rlir.ops import policy_loss, policy_loss_reference
 
-BACKENDS = {"reference": policy_loss_reference, "cpu": policy_loss}
+CPU = Backend(f"cpu-{instruction_sets()[-1]}", policy_loss)
+CHECKED = Backend("emu-checked", policy_loss)
 RAW = torch.ops.rlir.policy_loss.default
-Op = Callable[..., tuple[Tensor, Any]]
 
-backends = pytest.mark.parametrize("op", BACKENDS.values(), ids=BACKENDS.keys())
+backends = backends_of(policy_loss, policy_loss_reference)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 kinds = pytest.mark.parametrize(("loss_type", "level"), list(product(LOSS_TYPES, LEVELS)))
 
@@ -53,7 +54,7 @@ def assert_close(got: Tensor, peer: Tensor, truth: np.ndarray, scale: float | No
     assert error <= allowed + torch.finfo(got.dtype).eps * largest, (error, allowed, largest)
 
 
-def compare(op: Op, x: dict[str, Tensor], **options: Any) -> None:
+def compare(op: Backend, x: dict[str, Tensor], **options: Any) -> None:
     """Loss, gradient and every statistic against the formula."""
     x = {**x, "mask": apart(x, 0.2, options.get("clip_high", 0.2), options.get("delta"))}
     loss, gradient, seen = exact(x, **options)
@@ -75,7 +76,7 @@ def compare(op: Op, x: dict[str, Tensor], **options: Any) -> None:
 @kinds
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 333)])
 def test_matches_the_formula(
-    op: Op, dtype: torch.dtype, loss_type: str, level: str, shape: tuple[int, int]
+    op: Backend, dtype: torch.dtype, loss_type: str, level: str, shape: tuple[int, int]
 ) -> None:
     for k, estimator in enumerate(ESTIMATORS):
         x = sample(*shape, dtype, seed=k)
@@ -97,7 +98,7 @@ def test_matches_the_formula(
 
 @backends
 @kinds
-def test_plain_calls(op: Op, loss_type: str, level: str) -> None:
+def test_plain_calls(op: Backend, loss_type: str, level: str) -> None:
     """Without reference, rollout, mask and options; advantages one a row."""
     x = sample(4, 19, torch.float32)
     x = {k: x[k] for k in ("logprob", "old_logprob", "advantages")}
@@ -112,7 +113,7 @@ def test_plain_calls(op: Op, loss_type: str, level: str) -> None:
 
 
 @backends
-def test_small_case_by_hand(op: Op) -> None:
+def test_small_case_by_hand(op: Backend) -> None:
     old = torch.zeros(1, 4, dtype=torch.float64)
     p = torch.tensor([[1.5, 0.5, 1.5, 5.0]], dtype=torch.float64).log()
     a = torch.tensor([[2.0, -1.0, -1.0, -1.0]], dtype=torch.float64)
@@ -139,7 +140,7 @@ def test_small_case_by_hand(op: Op) -> None:
 
 @backends
 @dtypes
-def test_on_policy_the_ratio_is_exactly_one(op: Op, dtype: torch.dtype) -> None:
+def test_on_policy_the_ratio_is_exactly_one(op: Backend, dtype: torch.dtype) -> None:
     x = sample(3, 50, dtype)
     x.update(old_logprob=x["logprob"], ref_logprob=x["logprob"])
     for level in LEVELS:
@@ -151,11 +152,11 @@ def test_on_policy_the_ratio_is_exactly_one(op: Op, dtype: torch.dtype) -> None:
 
 
 @backends
-def test_a_small_divergence_keeps_its_digits(op: Op) -> None:
+def test_a_small_divergence_keeps_its_digits(op: Backend) -> None:
     p = torch.zeros(1, 8)
     q = torch.full((1, 8), 1e-5)
     _, seen = op(p, p, torch.zeros(1), ref_logprob=q)
-    assert float(seen.kl) == pytest.approx(5e-11, rel=1e-2 if op is policy_loss_reference else 1e-5)
+    assert float(seen.kl) == pytest.approx(5e-11, rel=1e-2 if op.is_reference else 1e-5)
 
 
 # --- What takes no part --------------------------------------------------------------------------
@@ -164,7 +165,9 @@ def test_a_small_divergence_keeps_its_digits(op: Op) -> None:
 @backends
 @kinds
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_masked_may_be_anything(op: Op, loss_type: str, level: str, value: float) -> None:
+def test_what_is_masked_may_be_anything(
+    op: Backend, loss_type: str, level: str, value: float
+) -> None:
     x = sample(5, 40, torch.float32)
     x["mask"][2] = False
     options = {"kl_weight": 0.1, "truncated_importance": 1.2, "loss_type": loss_type}
@@ -181,7 +184,9 @@ def test_what_is_masked_may_be_anything(op: Op, loss_type: str, level: str, valu
 @backends
 @kinds
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0), (3, 5)])
-def test_nothing_that_counts(op: Op, loss_type: str, level: str, shape: tuple[int, int]) -> None:
+def test_nothing_that_counts(
+    op: Backend, loss_type: str, level: str, shape: tuple[int, int]
+) -> None:
     x = sample(*shape, torch.float32)
     x["mask"] = torch.zeros(shape, dtype=torch.bool)
     loss, gradient, seen = call(
@@ -201,7 +206,7 @@ def test_nothing_that_counts(op: Op, loss_type: str, level: str, shape: tuple[in
 
 @backends
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_no_advantage_no_gain_whatever_the_ratio(op: Op, loss_type: str) -> None:
+def test_no_advantage_no_gain_whatever_the_ratio(op: Backend, loss_type: str) -> None:
     p = torch.tensor([[200.0, -1.0], [-300.0, -1.0]])
     x = {"logprob": p, "old_logprob": torch.zeros(2, 2), "advantages": torch.zeros(2)}
     loss, gradient, seen = call(op, x, loss_type=loss_type)
@@ -212,7 +217,7 @@ def test_no_advantage_no_gain_whatever_the_ratio(op: Op, loss_type: str) -> None
 
 @backends
 @kinds
-def test_nan_is_not_hidden(op: Op, loss_type: str, level: str) -> None:
+def test_nan_is_not_hidden(op: Backend, loss_type: str, level: str) -> None:
     x = sample(3, 20, torch.float32)
     x["mask"][:] = True
     x["logprob"][1, 4] = torch.nan
@@ -221,7 +226,7 @@ def test_nan_is_not_hidden(op: Op, loss_type: str, level: str) -> None:
     )
     assert loss.isnan()
     assert gradient[0].isfinite().all()
-    if op is policy_loss:
+    if not op.is_reference:
         assert gradient[1, 4].isnan() or loss_type == "cispo"
     assert seen["ratio"].isnan()
     assert seen["ratio_min"].isnan()
@@ -229,7 +234,7 @@ def test_nan_is_not_hidden(op: Op, loss_type: str, level: str) -> None:
 
 
 @backends
-def test_a_rollout_without_logprob_is_not_corrected(op: Op) -> None:
+def test_a_rollout_without_logprob_is_not_corrected(op: Backend) -> None:
     x = sample(2, 9)
     x["rollout_logprob"][1, 3] = torch.nan
     as_old = {
@@ -244,7 +249,7 @@ def test_a_rollout_without_logprob_is_not_corrected(op: Op) -> None:
 
 
 @backends
-def test_a_reference_that_finds_a_token_far_likelier_does_not_overflow(op: Op) -> None:
+def test_a_reference_that_finds_a_token_far_likelier_does_not_overflow(op: Backend) -> None:
     p = torch.full((1, 1), -200.0)
     x = {"logprob": p, "old_logprob": p, "advantages": torch.ones(1), "ref_logprob": p + 200}
     loss, gradient, _ = call(op, x, kl_weight=0.1)
@@ -269,9 +274,10 @@ def restride(x: Tensor, kind: str) -> Tensor:
 LAYOUTS = ("contiguous", "step", "transposed", "column")
 
 
+@pytest.mark.parametrize("op", [CPU, CHECKED], ids=lambda op: op.name)
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_any_layout_and_mixture_of_dtypes(data: st.DataObject) -> None:
+def test_any_layout_and_mixture_of_dtypes(op: Backend, data: st.DataObject) -> None:
     b, t = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 300))
     x = sample(b, t, torch.bfloat16, seed=data.draw(st.integers(0, 999)))  # exact in all of them
     x["mask"] = apart(x, 0.2, 0.2, None)
@@ -295,32 +301,35 @@ def test_any_layout_and_mixture_of_dtypes(data: st.DataObject) -> None:
             if keep
             else restride(value.to(dtype), data.draw(st.sampled_from(LAYOUTS)))
         )
-    loss, gradient, _ = call(policy_loss, moved, **options)
+    loss, gradient, _ = call(op, moved, **options)
     torch.testing.assert_close(loss, expected[0], rtol=1e-4, atol=1e-5)
     assert gradient.dtype == moved["logprob"].dtype
     torch.testing.assert_close(gradient.float(), expected[1], rtol=1e-2, atol=1e-5)
 
 
 @backends
-def test_constants_get_no_gradient_and_the_gradient_of_the_loss_may_be_anything(op: Op) -> None:
+def test_constants_get_no_gradient_and_the_gradient_of_the_loss_may_be_anything(
+    op: Backend,
+) -> None:
     x = {k: v.requires_grad_() if k != "mask" else v for k, v in sample(3, 7).items()}
     leaf, old, a = x.pop("logprob"), x.pop("old_logprob"), x.pop("advantages")
     options = {"kl_weight": 0.1, "truncated_importance": 1.1, **x}
-    loss, seen = op(leaf, old, a, **options)
-    assert not any(getattr(seen, name).requires_grad for name in FIELDS)
-    (loss.expand(5) * torch.arange(5)).sum().backward()  # a broadcast gradient, 10 in sum
-    once = leaf.grad.clone()
-    leaf.grad = None
-    op(leaf, old, a, **options)[0].backward()
+    with op.active():
+        loss, seen = op(leaf, old, a, **options)
+        assert not any(getattr(seen, name).requires_grad for name in FIELDS)
+        (loss.expand(5) * torch.arange(5)).sum().backward()  # a broadcast gradient, 10 in sum
+        once = leaf.grad.clone()
+        leaf.grad = None
+        op(leaf, old, a, **options)[0].backward()
     torch.testing.assert_close(once, leaf.grad * 10)
     assert all(v.grad is None for v in (old, a, x["ref_logprob"], x["rollout_logprob"]))
     with torch.no_grad():
         assert op(leaf, old, a, **options)[0].equal(loss.detach())
 
 
-@backends
+@backends_of(policy_loss, policy_loss_reference, only=lambda op: op.name != "emu-checked")
 @kinds
-def test_gradcheck(op: Op, loss_type: str, level: str) -> None:
+def test_gradcheck(op: Backend, loss_type: str, level: str) -> None:
     if loss_type == "cispo":
         pytest.skip("its gradient is not that of its value: the ratio is a constant")
     x = sample(3, 6, seed=4)
@@ -330,11 +339,12 @@ def test_gradcheck(op: Op, loss_type: str, level: str) -> None:
         options = {"kl_estimator": estimator, "kl_weight": 0.1, "truncated_importance": 1.1}
         options["kl_importance"] = estimator != "k1"
         options.update(x, loss_type=loss_type, importance_level=level, delta=1.5)
-        assert torch.autograd.gradcheck(lambda p, o=options: op(p, old, a, **o)[0], (leaf,))
+        with op.active():
+            assert torch.autograd.gradcheck(lambda p, o=options: op(p, old, a, **o)[0], (leaf,))
 
 
 @backends
-def test_a_normalizer_may_be_a_tensor(op: Op) -> None:
+def test_a_normalizer_may_be_a_tensor(op: Backend) -> None:
     x = sample(3, 7, torch.float32)
     expected = call(op, x, loss_type="dapo", kl_weight=0.1, truncated_importance=2, normalizer=12.0)
     for n in (torch.tensor(12), torch.tensor([12.0]), torch.tensor(12.0, dtype=torch.float64)):
@@ -344,6 +354,43 @@ def test_a_normalizer_may_be_a_tensor(op: Op) -> None:
 
 
 # --- The same bits -------------------------------------------------------------------------------
+
+
+def cuda_backends(test: Any) -> Any:
+    only = backends_of(
+        policy_loss, policy_loss_reference, only=lambda op: op.is_emulated or op.name == "cuda"
+    )
+    return only(test)
+
+
+@cuda_backends
+@dtypes
+@kinds
+@pytest.mark.parametrize("shape", [(3, 20), (2, 333), (1, 4613)])
+def test_the_cuda_kernels_give_the_bits_of_the_cpu(
+    op: Backend, dtype: torch.dtype, loss_type: str, level: str, shape: tuple[int, int]
+) -> None:
+    """Rows that can be read four tokens at a time and rows that cannot; two rounds of blocks."""
+    x = sample(*shape, dtype)
+    if shape[0] == 3:
+        x["mask"][1] = False
+    options = {"loss_type": loss_type, "importance_level": level, "delta": 1.5, "kl_weight": 0.1}
+    options.update(truncated_importance=1.1, kl_importance=shape[1] == 333)
+    assert same(call(op, x, **options), call(CPU, x, **options))
+    bare = {k: x[k] for k in ("logprob", "old_logprob")} | {"advantages": x["advantages"][:, 0]}
+    options = {"loss_type": loss_type, "importance_level": level, "normalizer": 7.0}
+    assert same(call(op, bare, **options), call(CPU, bare, **options))
+
+
+@cuda_backends
+def test_the_cuda_kernels_add_many_rows_in_order(op: Backend) -> None:
+    x = sample(150, 4, torch.float32)
+    for loss_type in LOSS_TYPES:
+        got, want = (
+            call(o, x, loss_type=loss_type, kl_weight=0.1, truncated_importance=2.0)
+            for o in (op, CPU)
+        )
+        assert same(got, want)
 
 
 def test_a_rows_gradient_does_not_depend_on_the_rest_of_the_batch() -> None:
@@ -506,7 +553,9 @@ HOSTILE: list[tuple[tuple, dict, str]] = [
 
 @backends
 @pytest.mark.parametrize(("args", "options", "message"), HOSTILE)
-def test_hostile_inputs(op: Op, args: tuple, options: dict, message: str) -> None:
+def test_hostile_inputs(op: Backend, args: tuple, options: dict, message: str) -> None:
+    if op.name == "cuda" and "on cpu" in message:
+        pytest.skip("there it names another device")
     with pytest.raises(InputError) as caught:
         op(*args, **options)
     assert str(caught.value) == f"policy_loss: {message}"
@@ -516,6 +565,12 @@ def test_a_tensor_of_a_normalizer_must_be_positive() -> None:
     for value in (0.0, -1.0, float("nan")):
         with pytest.raises(InputError, match=r"^policy_loss: normalizer must be > 0, got "):
             policy_loss(P, P, A, loss_type="dapo", normalizer=torch.tensor(value))
+
+
+def test_the_cuda_kernel_asserts_what_it_cannot_say() -> None:
+    """Looking at a tensor would wait for the device: the loss is NaN, and an assertion fails."""
+    with pytest.raises(InputError, match="device assertion: policy_loss: normalizer must be > 0"):
+        CHECKED(P, P, A, loss_type="dapo", normalizer=torch.tensor(0.0))
 
 
 @pytest.mark.parametrize(("args", "options", "message"), HOSTILE)

@@ -251,7 +251,7 @@ __device__ __forceinline__ double number(const PolicyNumber& x) {
     return static_cast<double>(*static_cast<const int64_t*>(x.data));
   if (x.kind == PolicyNumber::kInt32)
     return static_cast<double>(*static_cast<const int32_t*>(x.data));
-  double out[4];
+  double out[4] = {};
   load4<false>(x.data, static_cast<Dtype>(x.kind), 0, 1, out);
   return out[0];
 }

@@ -402,7 +402,7 @@ __global__ void __launch_bounds__(kThreads, 1) sample_kernel(SampleTokens a) {
     sum_blocks(r, cut);
     __syncthreads();
   }
-  if (drawn && threadIdx.x < 32) {
+  if (drawn && !a.support_only && threadIdx.x < 32) {
     Mass total = 0;
     for (int b = lane; b < r.blocks; b += 32) total += r.weight[b];
     total = warp_sum(total);
@@ -427,7 +427,7 @@ __global__ void __launch_bounds__(kThreads, 1) sample_kernel(SampleTokens a) {
       a.entropy[row] = cpu::row_entropy(s, dot, log_sum);
     }
   }
-  if (!drawn && threadIdx.x == 0) {
+  if (!drawn && !a.support_only && threadIdx.x == 0) {
     a.token[row] = a.low;
     a.logprob[row] = a.entropy[row] = NAN;
   }
@@ -441,11 +441,14 @@ __global__ void __launch_bounds__(kThreads, 1) sample_kernel(SampleTokens a) {
           bits |= cut.has(r.z[first + i], byte * 8 + i) ? 1u << i : 0u;
         }
       }
+      for (int i = 0; !drawn && a.support_only && i < 8; ++i) {
+        bits |= byte * 8 + i >= a.low && byte * 8 + i < a.high ? 1u << i : 0u;
+      }
       a.support[row * bytes + byte] = static_cast<uint8_t>(bits);
     }
   }
   RLIR_DEVICE_ASSERT(count >> 32 == 0, "sample_tokens: offset must be from 0 and below 2^32");
-  RLIR_DEVICE_ASSERT(drawn,
+  RLIR_DEVICE_ASSERT(drawn || a.support_only,
                      "sample_tokens: logits must have a finite largest value in vocab_range and "
                      "no NaN");
 }

@@ -29,6 +29,8 @@ struct SampleTokens {
   float *logprob, *entropy;
   uint8_t* support;  // [N][ceil(V / 8)] or null
   void* space;       // [N][sample_tokens_space()] bytes, or null where that is 0
+  // Nothing is drawn; a row without a distribution has all of vocab_range as its support.
+  bool support_only;
 };
 
 // Bytes of workspace a row needs; 0 where shared memory has room for it.

@@ -1,5 +1,5 @@
-// rlir::selected_logprob, rlir::head_logits and rlir::selected_support: schemas, checks and CPU
-// dispatch. Formulas and tiles: cpu/selected_logprob.h.
+// rlir::selected_logprob, rlir::head_logits and rlir::selected_support: CPU dispatch. Formulas and
+// tiles: cpu/selected_logprob.h.
 #include "ops/selected_logprob.h"
 
 #include <torch/csrc/stable/library.h>
@@ -13,16 +13,6 @@ namespace {
 float float_at(const Tensor& x, int64_t i) {
   if (x.scalar_type() == ScalarType::Float) return x.const_data_ptr<float>()[i];
   return static_cast<float>(load(static_cast<const BFloat16*>(x.const_data_ptr()) + i));
-}
-
-Matrix matrix_of(const char* op, const char* name, const Tensor& x) {
-  RLIR_CHECK(x.is_cpu(), op, ": ", name, " must be on the CPU, got another device");
-  RLIR_CHECK(x.dim() == 2, op, ": ", name, " must have 2 dimensions, got ", x.dim());
-  const ScalarType dtype = x.scalar_type();
-  RLIR_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, op, ": ", name,
-             " must be float32 or bfloat16, got dtype ", static_cast<int>(dtype));
-  return {x.const_data_ptr(), dtype == ScalarType::Float ? Dtype::kFloat32 : Dtype::kBFloat16,
-          x.stride(0), x.stride(1)};
 }
 
 // What head_blocks and its like run on: hidden in panels.
@@ -40,8 +30,8 @@ std::tuple<Tensor, Tensor, Tensor> selected_logprob_cpu(
     const std::optional<Tensor>& bias, const std::optional<Tensor>& support, double temperature,
     int64_t low, std::optional<int64_t> high, bool compute_entropy) {
   HeadInputs in = head_inputs("selected_logprob", hidden, weight, bias, temperature, low, high);
-  add_targets(in, targets);
-  add_support(in, support);
+  add_targets(in, targets, hidden);
+  add_support(in, support, hidden);
   cpu::Head& head = in.head;
   head.with_entropy = compute_entropy;
   const int64_t n = head.rows;
@@ -96,13 +86,7 @@ Tensor selected_support_cpu(const Tensor& hidden, const Tensor& weight,
                             std::optional<int64_t> top_k, std::optional<double> top_p, int64_t low,
                             std::optional<int64_t> high) {
   HeadInputs in = head_inputs("selected_logprob", hidden, weight, bias, temperature, low, high);
-  RLIR_CHECK(!top_k || *top_k >= 1, "selected_logprob: top_k must be >= 1, got ", *top_k);
-  RLIR_CHECK(!top_p || (*top_p > 0 && *top_p <= 1),
-             "selected_logprob: top_p must be in (0, 1], got ", *top_p);
-  constexpr int64_t kMaxTokens = int64_t{1} << 21;  // cpu/truncation.h: sums stay exact
-  RLIR_CHECK(in.head.tokens <= kMaxTokens,
-             "selected_logprob: V with top_k or top_p must be at most ", kMaxTokens, ", got ",
-             in.head.tokens);
+  check_truncation(top_k, top_p, in.head.tokens);
   const int64_t n = in.head.rows, bytes = (in.head.tokens + 7) / 8;
   Tensor mask = torch::stable::new_empty(hidden, {n, bytes}, ScalarType::Byte);
   if (n == 0) return mask;
@@ -124,30 +108,18 @@ Tensor selected_support_cpu(const Tensor& hidden, const Tensor& weight,
 HeadInputs head_inputs(const char* op, const Tensor& hidden, const Tensor& weight,
                        const std::optional<Tensor>& bias, double temperature, int64_t low,
                        std::optional<int64_t> high) {
+  const HeadShape shape = head_shape(op, hidden, weight, bias, temperature, low, high);
   HeadInputs in;
   cpu::Head& head = in.head;
-  head.hidden = matrix_of(op, "hidden", hidden);
-  head.weight = matrix_of(op, "weight", weight);
-  head.rows = hidden.size(0);
-  head.depth = hidden.size(1);
-  head.tokens = weight.size(0);
-  head.low = low;
-  head.high = high.value_or(head.tokens);
-  head.temperature = static_cast<float>(temperature);
-  RLIR_CHECK(weight.size(1) == head.depth, op, ": weight must be [V, ", head.depth, "], got [",
-             head.tokens, ", ", weight.size(1), "]");
-  RLIR_CHECK(0 <= head.low && head.low < head.high && head.high <= head.tokens, op,
-             ": vocab_range must satisfy 0 <= low < high <= ", head.tokens, ", got (", head.low,
-             ", ", head.high, ")");
-  RLIR_CHECK(std::isfinite(head.temperature) && head.temperature > 0, op,
-             ": temperature must be finite and > 0, got ", temperature);
+  head.hidden = head_matrix(op, "hidden", hidden, hidden);
+  head.weight = head_matrix(op, "weight", weight, hidden);
+  head.rows = shape.rows;
+  head.depth = shape.depth;
+  head.tokens = shape.tokens;
+  head.low = shape.low;
+  head.high = shape.high;
+  head.temperature = shape.temperature;
   if (bias) {
-    RLIR_CHECK(bias->is_cpu(), op, ": bias must be on the CPU, got another device");
-    RLIR_CHECK(
-        bias->scalar_type() == ScalarType::Float || bias->scalar_type() == ScalarType::BFloat16, op,
-        ": bias must be float32 or bfloat16, got dtype ", static_cast<int>(bias->scalar_type()));
-    RLIR_CHECK(bias->dim() == 1 && bias->size(0) == head.tokens, op, ": bias must be [",
-               head.tokens, "], got ", bias->numel(), " elements");
     in.bias.resize(head.tokens);
     for (int64_t v = 0; v < head.tokens; ++v) in.bias[v] = float_at(*bias, v * bias->stride(0));
     head.bias = in.bias.data();
@@ -155,14 +127,8 @@ HeadInputs head_inputs(const char* op, const Tensor& hidden, const Tensor& weigh
   return in;
 }
 
-void add_targets(HeadInputs& in, const Tensor& targets) {
-  RLIR_CHECK(targets.is_cpu(), "selected_logprob: targets must be on the CPU, got another device");
-  RLIR_CHECK(targets.scalar_type() == ScalarType::Long,
-             "selected_logprob: targets must be int64, got dtype ",
-             static_cast<int>(targets.scalar_type()));
-  RLIR_CHECK(targets.dim() == 1 && targets.size(0) == in.head.rows,
-             "selected_logprob: targets must be [", in.head.rows, "], got ", targets.numel(),
-             " elements");
+void add_targets(HeadInputs& in, const Tensor& targets, const Tensor& hidden) {
+  check_head_targets(targets, hidden);
   in.head.targets = targets.const_data_ptr<int64_t>();
   in.head.target_stride = targets.stride(0);
   for (int64_t i = 0; i < in.head.rows; ++i) {
@@ -173,20 +139,10 @@ void add_targets(HeadInputs& in, const Tensor& targets) {
   }
 }
 
-void add_support(HeadInputs& in, const std::optional<Tensor>& support) {
+void add_support(HeadInputs& in, const std::optional<Tensor>& support, const Tensor& hidden) {
   if (!support) return;
   cpu::Head& head = in.head;
-  RLIR_CHECK(support->is_cpu(), "selected_logprob: support must be on the CPU, got another device");
-  RLIR_CHECK(support->scalar_type() == ScalarType::Byte,
-             "selected_logprob: support must be uint8, got dtype ",
-             static_cast<int>(support->scalar_type()));
-  const int64_t bytes = (head.tokens + 7) / 8;
-  RLIR_CHECK(support->dim() == 2 && support->size(0) == head.rows && support->size(1) == bytes,
-             "selected_logprob: support must be [", head.rows, ", ", bytes, "], got ",
-             support->numel(), " elements");
-  RLIR_CHECK(support->stride(1) == 1 || bytes == 1,
-             "selected_logprob: support must be contiguous along V, got stride ",
-             support->stride(1));
+  check_head_support(*support, hidden, head.tokens);
   head.support = support->const_data_ptr<uint8_t>();
   head.support_stride = support->stride(0);
   const int64_t first = head.low / 8, last = (head.high - 1) / 8;
@@ -207,18 +163,9 @@ void add_support(HeadInputs& in, const std::optional<Tensor>& support) {
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(rlir, m) {
-  m.def(
-      "selected_logprob(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias=None, "
-      "Tensor? support=None, *, float temperature=1.0, SymInt low=0, SymInt? high=None, "
-      "bool compute_entropy=True) -> (Tensor, Tensor, Tensor)",
-      {at::Tag::pt2_compliant_tag});
-  m.def("head_logits(Tensor hidden, Tensor weight, Tensor? bias=None) -> Tensor",
-        {at::Tag::pt2_compliant_tag});
-  m.def(
-      "selected_support(Tensor hidden, Tensor weight, Tensor? bias=None, *, "
-      "float temperature=1.0, SymInt? top_k=None, float? top_p=None, SymInt low=0, "
-      "SymInt? high=None) -> Tensor",
-      {at::Tag::pt2_compliant_tag});
+  m.def(kSelectedLogprobSchema, {at::Tag::pt2_compliant_tag});
+  m.def(kHeadLogitsSchema, {at::Tag::pt2_compliant_tag});
+  m.def(kSelectedSupportSchema, {at::Tag::pt2_compliant_tag});
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rlir, CPU, m) {

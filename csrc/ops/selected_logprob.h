@@ -11,9 +11,9 @@
 #include <optional>
 #include <vector>
 
-#include "core/check.h"
 #include "core/cpu_isa.h"
 #include "core/scratch.h"
+#include "ops/head_checks.h"
 
 namespace rlir {
 
@@ -36,10 +36,10 @@ HeadInputs head_inputs(const char* op, const Tensor& hidden, const Tensor& weigh
                        std::optional<int64_t> high);
 
 // Adds targets int64 [N], 0 <= target < V.
-void add_targets(HeadInputs& inputs, const Tensor& targets);
+void add_targets(HeadInputs& inputs, const Tensor& targets, const Tensor& hidden);
 
 // Adds a support uint8 [N, ceil(V / 8)], the last dimension contiguous.
-void add_support(HeadInputs& inputs, const std::optional<Tensor>& support);
+void add_support(HeadInputs& inputs, const std::optional<Tensor>& support, const Tensor& hidden);
 
 // Calls f(panel_begin, panel_end, block_begin, block_end) for whole groups of panels and ranges of
 // the blocks, on several threads. What f computes must not depend on how they are cut.

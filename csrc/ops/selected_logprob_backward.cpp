@@ -1,4 +1,4 @@
-// rlir::selected_logprob_backward: schema, checks and CPU dispatch of the gradients.
+// rlir::selected_logprob_backward: CPU dispatch of the gradients.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -11,12 +11,10 @@ namespace {
 // What both layouts of a chunk's dz may take together, unless one block is more.
 constexpr int64_t kChunkBytes = int64_t{1} << 24;
 
-const float* gradient(const char* name, const std::optional<Tensor>& grad, int64_t n,
+const float* gradient(const char* name, const std::optional<Tensor>& grad, const Tensor& hidden,
                       int64_t* stride) {
+  check_head_gradient(name, grad, hidden);
   if (!grad) return nullptr;
-  RLIR_CHECK(grad->is_cpu() && grad->scalar_type() == ScalarType::Float && grad->dim() == 1 &&
-                 grad->size(0) == n,
-             "selected_logprob_backward: ", name, " must be float32 [", n, "], got other");
   *stride = grad->stride(0);
   return grad->const_data_ptr<float>();
 }
@@ -76,17 +74,11 @@ std::tuple<Tensor, Tensor, Tensor> selected_logprob_backward_cpu(
     const Tensor& stats, double temperature, int64_t low, std::optional<int64_t> high,
     bool need_hidden, bool need_weight, bool need_bias) {
   HeadInputs in = head_inputs("selected_logprob", hidden, weight, bias, temperature, low, high);
-  add_targets(in, targets);
-  add_support(in, support);
+  add_targets(in, targets, hidden);
+  add_support(in, support, hidden);
   cpu::Head& head = in.head;
   const int64_t n = head.rows, h = head.depth, v = head.tokens;
-  RLIR_CHECK(stats.is_cpu() && stats.is_contiguous() && stats.dim() == 2 && stats.size(0) == 3 &&
-                 stats.size(1) == n && stats.scalar_type() == ScalarType::Float,
-             "selected_logprob_backward: stats must be what selected_logprob returned, got other");
-  RLIR_CHECK(
-      !grad_entropy || (entropy.is_cpu() && entropy.is_contiguous() && entropy.dim() == 1 &&
-                        entropy.size(0) == n && entropy.scalar_type() == ScalarType::Float),
-      "selected_logprob_backward: entropy must be what selected_logprob returned, got other");
+  check_head_saved(stats, entropy, grad_entropy.has_value(), hidden);
   const auto part = [&](bool needed, const Tensor& like, std::initializer_list<int64_t> sizes,
                         bool whole, ScalarType dtype) {
     if (!needed) return torch::stable::new_empty(like, {0}, dtype);
@@ -100,8 +92,8 @@ std::tuple<Tensor, Tensor, Tensor> selected_logprob_backward_cpu(
   if (n == 0) return {grad_hidden, grad_weight, grad_bias};
 
   cpu::HeadGradient g{};
-  g.grad_logprob = gradient("grad_logprob", grad_logprob, n, &g.grad_logprob_stride);
-  g.grad_entropy = gradient("grad_entropy", grad_entropy, n, &g.grad_entropy_stride);
+  g.grad_logprob = gradient("grad_logprob", grad_logprob, hidden, &g.grad_logprob_stride);
+  g.grad_entropy = gradient("grad_entropy", grad_entropy, hidden, &g.grad_entropy_stride);
   g.grad_hidden = need_hidden ? grad_hidden.mutable_data_ptr() : nullptr;
   g.grad_weight = need_weight ? grad_weight.mutable_data_ptr() : nullptr;
   g.grad_bias = need_bias ? grad_bias.mutable_data_ptr<float>() : nullptr;
@@ -153,12 +145,7 @@ std::tuple<Tensor, Tensor, Tensor> selected_logprob_backward_cpu(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(rlir, m) {
-  m.def(
-      "selected_logprob_backward(Tensor? grad_logprob, Tensor? grad_entropy, Tensor hidden, "
-      "Tensor weight, Tensor targets, Tensor? bias, Tensor? support, Tensor entropy, "
-      "Tensor stats, *, float temperature, SymInt low, SymInt? high, bool need_hidden, "
-      "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
-      {at::Tag::pt2_compliant_tag});
+  m.def(kSelectedLogprobBackwardSchema, {at::Tag::pt2_compliant_tag});
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rlir, CPU, m) {

@@ -33,6 +33,8 @@ FAULTS = (
     *("flow_sde_step:NOISE", "flow_sde_step:BARRIER"),
     *("inverse_reward:BARRIER", "sample_tokens:BARRIER"),
     *("policy_loss:WARP", "policy_loss:BARRIER"),
+    *("selected_logprob:COPY_WAIT", "selected_logprob:COPY_BARRIER"),
+    "selected_logprob_backward:TILE",
     *("group_advantage:TAIL", "group_advantage:WAIT", "group_advantage:BARRIER"),
 )
 """Faults that a kernel's own file can have planted (RLIR_FAULT_<name>), as "op:name"."""
@@ -155,10 +157,10 @@ def load(name: str) -> Emulator:
     return Emulator(name)
 
 
-def cuda_ops() -> list[str]:
-    """Ops that have a CUDA kernel (csrc/cuda/ops.cmake)."""
+def cuda_ops(listed: str = "OPS") -> list[str]:
+    """Ops that have a CUDA kernel (csrc/cuda/ops.cmake); or its other list, of PARTS of ops."""
     text = (ROOT / "csrc" / "cuda" / "ops.cmake").read_text()
-    found = re.search(r"^set\(RLIR_CUDA_OPS ([^)]*)\)", text, re.MULTILINE)
+    found = re.search(rf"^set\(RLIR_CUDA_{listed} ([^)]*)\)", text, re.MULTILINE)
     assert found is not None
     return found[1].split()
 

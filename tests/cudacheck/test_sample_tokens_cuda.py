@@ -36,6 +36,7 @@ class Arguments(c.Structure):
         ("row_ids", c.c_void_p),
         ("row_id_stride", c.c_int64),
         *((name, c.c_void_p) for name in ("token", "logprob", "entropy", "support", "space")),
+        ("support_only", c.c_bool),
     ]
 
 

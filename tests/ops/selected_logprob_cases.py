@@ -7,6 +7,7 @@ inputs; the tests run it under every instruction set.
 import hashlib
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import product
 
@@ -69,11 +70,12 @@ def outputs(op, x: Inputs, *, bias: bool = True, double: bool = False, **options
         return t.detach().to(torch.float64 if double else t.dtype).requires_grad_()
 
     hidden, weight, b = leaf(x.hidden), leaf(x.weight), leaf(x.bias)
-    logprob, entropy = op(
-        hidden, weight, x.targets, bias=b if bias else None, **{**x.options, **options}
-    )
-    logprob = logprob.where(logprob.isfinite(), 0)
-    ((logprob * x.d_logprob).sum() + (entropy * x.d_entropy).sum()).backward()
+    with op.active() if hasattr(op, "active") else nullcontext():
+        logprob, entropy = op(
+            hidden, weight, x.targets, bias=b if bias else None, **{**x.options, **options}
+        )
+        logprob = logprob.where(logprob.isfinite(), 0)
+        ((logprob * x.d_logprob).sum() + (entropy * x.d_entropy).sum()).backward()
     return [logprob.detach(), entropy.detach(), hidden.grad, weight.grad, *([b.grad] * bias)]
 
 

@@ -8,6 +8,8 @@
 // At sequence level the ratio belongs to the row, so its block reads logprob and old_logprob once
 // before. A second kernel, one block, adds the rows in order. With a few long rows most of a GPU is
 // idle: GRPO has many rows, and more blocks a row would write their sums to memory and read them.
+//
+// This file is longer than most: forward and backward share how tokens are read.
 #include "cuda/policy_loss.cuh"
 
 #include "cpu/policy_loss_token.h"

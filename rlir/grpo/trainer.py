@@ -94,6 +94,15 @@ class GrpoTrainer:
         per_frame = [group_advantage(column, group_size=g) for column in reward.frame.unbind(1)]
         return torch.stack(per_frame, 1)[:, :, None]
 
+    def kept(self, advantages: Tensor) -> Tensor:
+        """Rows [kept] that the update takes. The gradient is a sum weighted by advantages: leaving
+        out the smallest leaves most of it, and an update costs more than a rollout.
+        (PODS, arXiv 2504.13818, keeps the rewards of the largest variance.)
+        """
+        weight = advantages.square().flatten(1).sum(1)
+        count = self.config.kept or len(weight)
+        return weight.argsort(descending=True, stable=True)[:count].sort().values
+
     def roll_out(self, generator: torch.Generator) -> tuple[Rollouts, Tensor, Reward, Tensor]:
         """Rollouts, their commanded actions [B, T, F], their reward and the prompts' starts."""
         config = self.config
@@ -182,10 +191,11 @@ class GrpoTrainer:
         advantages = self.advantages(reward)
         blocks = self.model.action_ids(commanded)
         for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * min(1.0, (self.step + 1) / max(1, config.warmup))
-        order = torch.randperm(len(commanded), generator=generator)
+            group["lr"] = config.learning_rate_at(self.step)
+        kept = self.kept(advantages)
+        order = kept[torch.randperm(len(kept), generator=generator)]
         statistics, norms = [], []
-        with span("update", len(commanded)):
+        with span("update", len(order)):
             for rows in order.chunk(config.minibatches):
                 self.optimizer.zero_grad(set_to_none=True)
                 with span("update.minibatch", len(rows)):

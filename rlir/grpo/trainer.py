@@ -27,7 +27,7 @@ from rlir.grpo.loss import LossStatistics, policy_loss
 from rlir.grpo.reward import InverseReward, Reward, draw
 from rlir.models.tokenizer import Tokenizer
 from rlir.models.world_model import WorldModel
-from rlir.ops import group_advantage
+from rlir.ops import group_advantage, selected_logprob
 from rlir.rollout.engine import RolloutEngine, rollout_seed
 from rlir.rollout.loop import Rollouts, inference_copy
 from rlir.tracing import span
@@ -137,11 +137,18 @@ class GrpoTrainer:
             )
 
     def _logprob(self, model: WorldModel, codes: Tensor, blocks: Tensor) -> Tensor:
+        """log p of the visual tokens of frames 1.., [B, L - 1, S]; no logits in memory."""
         with torch.autocast("cpu", torch.bfloat16):
-            logits = model(codes, blocks)
-        logits = logits / self.config.temperature
-        chosen = logits.gather(-1, codes[:, 1:, :, None])[..., 0]
-        return chosen - logits.logsumexp(-1)
+            hidden = model.hidden(codes, blocks)
+        drawn = codes[:, 1:]
+        logprob, _ = selected_logprob(
+            hidden.flatten(0, 2).bfloat16(),
+            model.lm_head.weight.bfloat16(),
+            drawn.flatten(),
+            temperature=self.config.temperature,
+            compute_entropy=False,
+        )
+        return logprob.view(drawn.shape)
 
     def _supervised(self, generator: torch.Generator) -> Tensor:
         config = self.config

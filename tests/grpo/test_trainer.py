@@ -148,7 +148,7 @@ def test_a_linear_schedule_ends_near_nothing() -> None:
     rates = [config.learning_rate_at(step) for step in range(10)]
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates[-1] == pytest.approx(1 / 8)
-    assert all(a > b for a, b in zip(rates[2:], rates[3:], strict=False))
+    assert rates[2:] == sorted(set(rates[2:]), reverse=True), "falls at every step"
     constant = GrpoConfig(steps=10, warmup=2, learning_rate=1.0)
     assert [constant.learning_rate_at(step) for step in range(4)] == [0.5, 1.0, 1.0, 1.0]
 

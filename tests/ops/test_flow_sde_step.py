@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from isas import assert_same_bits_everywhere
 from scipy import stats
+from testkit import examples
 from torch import Tensor
 
 from rlir.errors import InputError
@@ -255,7 +256,7 @@ def test_bits_do_not_depend_on_instruction_set_or_threads() -> None:
     assert_same_bits_everywhere("flow_cases.py")
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(
     shape=st.lists(st.integers(1, 9), min_size=1, max_size=4),
     rows=st.integers(0, 5),

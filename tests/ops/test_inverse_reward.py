@@ -9,6 +9,7 @@ from action_cases import DTYPES, HEADS, commands_of, logits_of, read_by_hand, wa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from isas import assert_same_bits_everywhere
+from testkit import examples
 from torch import Tensor
 
 from rlir.actions import DOOM, MINECRAFT, MINECRAFT_VPT, ActionHeads
@@ -143,7 +144,7 @@ def test_no_frames_no_evidence(op: Op) -> None:
         assert matches.shape == (b, t, 9)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(
     name=st.sampled_from(sorted(HEADS)),
     b=st.integers(0, 70),

@@ -27,6 +27,7 @@ from policy_loss_cases import (
     exact,
     sample,
 )
+from testkit import FULL, examples
 from torch import Tensor
 
 from rlir.errors import InputError
@@ -269,7 +270,7 @@ def restride(x: Tensor, kind: str) -> Tensor:
 LAYOUTS = ("contiguous", "step", "transposed", "column")
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=examples(60), deadline=None, derandomize=not FULL)
 @given(data=st.data())
 def test_any_layout_and_mixture_of_dtypes(data: st.DataObject) -> None:
     b, t = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 300))

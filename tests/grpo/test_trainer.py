@@ -1,101 +1,21 @@
 """GRPO raises the reward, repeats itself exactly, and stops at a NaN with nothing lost."""
 
-import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from testkit import IDMS, TOKENIZER, WORLD_MODEL, one_line, same, stirred
-from torch import Tensor, nn
+from testkit import one_line, same
+from torch import Tensor
+from toys import Even, Spoiled, bits, copied, real, rewards, toy
 
 from rlir.checkpoints import load_state
 from rlir.data.clips import Clips
 from rlir.errors import InputError, TrainingError
 from rlir.grpo import trainer as trainer_module
 from rlir.grpo.config import GrpoConfig
-from rlir.grpo.reward import InverseReward, Reward
-from rlir.grpo.trainer import GrpoTrainer
-from rlir.models.idm import InverseDynamics
-from rlir.models.tokenizer import Tokenizer
-from rlir.models.world_model import WorldModel
+from rlir.grpo.reward import Reward
 from rlir.ops import group_advantage_reference
 from rlir.training import STATE, step_generator
-
-SMALL = {"prompts": 2, "group_size": 4, "frames": 3, "microbatch": 4, "checkpoint_every": 1}
-
-
-class Codes(nn.Module):
-    """Stands in for a tokenizer: its frames are the codes themselves."""
-
-    def decode(self, codes: Tensor) -> Tensor:
-        return codes.float()
-
-
-class Even:
-    """Stands in for the inverse reward: the share of even codes of each generated frame."""
-
-    def __call__(self, frames: Tensor, actions: Tensor) -> Reward:
-        return Reward((frames[:, 1:] % 2 == 0).float().mean(-1), actions)
-
-
-class Spoiled(Even):
-    """That reward, with a NaN for one rollout in one call."""
-
-    def __init__(self, call: int, rollout: int):
-        self.calls, self.call, self.rollout = 0, call, rollout
-
-    def __call__(self, frames: Tensor, actions: Tensor) -> Reward:
-        reward = super().__call__(frames, actions)
-        if self.calls == self.call:
-            reward.frame[self.rollout, -1] = torch.nan
-        self.calls += 1
-        return reward
-
-
-def model_of(seed: int = 0) -> WorldModel:
-    torch.manual_seed(seed)
-    return stirred(WorldModel(WORLD_MODEL), scale=0.1).requires_grad_(True)
-
-
-def codes_of(clips: Clips) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(16, (len(clips.frames), 8), generator=generator)
-
-
-def toy(clips: Clips, reward: Callable | None = None, **settings: object) -> GrpoTrainer:
-    config = GrpoConfig(**{**SMALL, **settings})
-    return GrpoTrainer(config, model_of(), Codes(), reward or Even(), clips, codes_of(clips))
-
-
-def real(clips: Clips, **settings: object) -> GrpoTrainer:
-    """A trainer with a real tokenizer and a real inverse dynamics model."""
-    config = GrpoConfig(**{**SMALL, **settings})
-    torch.manual_seed(5)
-    tokenizer = Tokenizer(TOKENIZER).eval().requires_grad_(False)
-    idm = InverseDynamics(IDMS["learned"]).eval().requires_grad_(False)
-    reward = InverseReward(idm, config)
-    return GrpoTrainer(config, model_of(), tokenizer, reward, clips, codes_of(clips))
-
-
-def bits(trainer: GrpoTrainer) -> dict:
-    return {
-        "model": trainer.model.state_dict(),
-        "optimizer": trainer.optimizer.state_dict(),
-        "step": trainer.step,
-        "curves": trainer.curves,
-    }
-
-
-def copied(trainer: GrpoTrainer, path: Path) -> dict:
-    """The trainer's state as a file would hold it."""
-    trainer.save(path)
-    return {k: v for k, v in load_state(path).items() if k in bits(trainer)}
-
-
-def rewards(trainer: GrpoTrainer) -> list[float]:
-    return [row["reward"] for row in trainer.curves]
-
 
 # -- learning ----------------------------------------------------------------------------------
 
@@ -110,60 +30,6 @@ def test_the_reward_rises(clips: Clips, tmp_path: Path, credit: str) -> None:
     kl = [row["kl"] for row in trainer.curves]
     assert kl[-1] > kl[0], "it left the base"
     assert trainer.curves[-1]["entropy"] < trainer.curves[0]["entropy"]
-
-
-def test_the_update_keeps_the_largest_advantages(clips: Clips) -> None:
-    trainer = toy(clips, prompts=3, kept=5)
-    advantages = torch.randn(12, 2, 1)
-    kept = trainer.kept(advantages)
-    weight = advantages.square().sum((1, 2))
-    left = sorted(set(range(12)) - set(kept.tolist()))
-    assert len(kept) == 5
-    assert weight[kept].min() >= weight[left].max()
-    tied = trainer.kept(torch.ones(12, 2, 1))
-    assert tied.tolist() == [0, 1, 2, 3, 4], "ties: the first ones, so that a run repeats itself"
-    assert toy(clips).kept(torch.randn(8, 1, 1)).tolist() == list(range(8))
-
-
-def test_rollouts_that_are_left_out_do_not_move_the_policy(clips: Clips, tmp_path: Path) -> None:
-    """A reward that splits one group alone: keeping that group's rows is keeping everything."""
-
-    class Split(Even):
-        def __call__(self, frames: Tensor, actions: Tensor) -> Reward:
-            reward = super().__call__(frames, actions)
-            reward.frame[4:] = 0.5
-            return reward
-
-    weights = []
-    for kept in (4, 0):
-        trainer = toy(clips, Split(), steps=1, kept=kept, kl_weight=0.0, minibatches=1)
-        trainer.run(tmp_path / str(kept))
-        weights.append(trainer.model.lm_head.weight)
-    # Adam divides the gradient's scale out: half the rows, the same direction.
-    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-6)
-
-
-def test_a_linear_schedule_ends_near_nothing() -> None:
-    config = GrpoConfig(steps=10, warmup=2, learning_rate=1.0, schedule="linear")
-    rates = [config.learning_rate_at(step) for step in range(10)]
-    assert rates[:3] == [0.5, 1.0, 1.0]
-    assert rates[-1] == pytest.approx(1 / 8)
-    assert rates[2:] == sorted(set(rates[2:]), reverse=True), "falls at every step"
-    constant = GrpoConfig(steps=10, warmup=2, learning_rate=1.0)
-    assert [constant.learning_rate_at(step) for step in range(4)] == [0.5, 1.0, 1.0, 1.0]
-
-
-@pytest.mark.parametrize(
-    ("settings", "line"),
-    [
-        ({"kept": 9}, "grpo: kept must be from 0 to prompts * group_size = 8, got 9"),
-        ({"kept": -1}, "grpo: kept must be from 0"),
-        ({"kept": 1}, "grpo: minibatches must be at most the 1 rollouts of an update, got 2"),
-    ],
-)
-def test_kept_that_cannot_be(settings: dict, line: str) -> None:
-    with pytest.raises(InputError, match=re.escape(line)):
-        GrpoConfig(**{**SMALL, **settings})
 
 
 def test_a_weight_on_the_divergence_keeps_it_near_the_base(clips: Clips, tmp_path: Path) -> None:

@@ -102,8 +102,10 @@ DOOM = Preset(
     world_model=DOOM_TINY.world_model,
     reward_idm=DOOM_TINY.reward_idm,
     judge_idm=DOOM_TINY.judge_idm,
-    grpo=replace(_GRPO, steps=360),
-    evaluation=EvaluationConfig(temperature=TEMPERATURE, samples=4, during_every=40),
+    grpo=replace(_GRPO, steps=240),
+    evaluation=EvaluationConfig(
+        temperature=TEMPERATURE, samples=4, during_every=40, during_clips=192
+    ),
     pretraining_data=_PRETRAINING_DATA,
     post_training_data={
         **_POST_TRAINING_DATA,

@@ -13,6 +13,11 @@
 #else
 #define RLIR_ANYWHERE
 #endif
+// In a source of CUDA kernels, whether nvcc compiles it or the emulator's compiler: a thread works
+// on single numbers.
+#if defined(__CUDACC__) || defined(RLIR_EMU)
+#define RLIR_KERNEL_SOURCE
+#endif
 
 namespace rlir {
 

@@ -1,4 +1,5 @@
-// The project's own exp and log: the same bits on every instruction set and with every C library.
+// The project's own exp and log: the same bits on every instruction set, with every C library and
+// in CUDA kernels.
 //
 // Every step is one correctly rounded operation, and multiply-adds are fused everywhere (simd.h).
 //
@@ -24,8 +25,11 @@ struct ExpConstants<float> {
   static constexpr float kInverseLn2 = 0x1.715476p+0f;
   static constexpr float kLn2High = 0x1.62e400p-1f, kLn2Low = 0x1.7f7d1cp-20f;
   static constexpr int kDegree = 5;  // (e^r - 1 - r) / r^2, the coefficients of Cephes' expf
-  static constexpr float kQ[kDegree + 1] = {5.0000001201e-1f, 1.6666665459e-1f, 4.1665795894e-2f,
-                                            8.3334519073e-3f, 1.3981999507e-3f, 1.9875691500e-4f};
+  RLIR_ANYWHERE static constexpr float q(int k) {  // device code has no arrays of a class
+    constexpr float kQ[kDegree + 1] = {5.0000001201e-1f, 1.6666665459e-1f, 4.1665795894e-2f,
+                                       8.3334519073e-3f, 1.3981999507e-3f, 1.9875691500e-4f};
+    return kQ[k];
+  }
 };
 
 template <>
@@ -36,9 +40,13 @@ struct ExpConstants<double> {
   static constexpr double kInverseLn2 = 0x1.71547652b82fep+0;
   static constexpr double kLn2High = 0x1.62e42fee00000p-1, kLn2Low = 0x1.a39ef35793c76p-33;
   static constexpr int kDegree = 11;  // Taylor: 1 / (k + 2)!, 4e-18 of e^r
-  static constexpr double kQ[kDegree + 1] = {
-      1.0 / 2,     1.0 / 6,      1.0 / 24,      1.0 / 120,      1.0 / 720,       1.0 / 5040,
-      1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
+  RLIR_ANYWHERE static constexpr double q(int k) {
+    constexpr double kQ[kDegree + 1] = {1.0 / 2,        1.0 / 6,         1.0 / 24,
+                                        1.0 / 120,      1.0 / 720,       1.0 / 5040,
+                                        1.0 / 40320,    1.0 / 362880,    1.0 / 3628800,
+                                        1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
+    return kQ[k];
+  }
 };
 
 // exp(x), and what loses no digits near 0: exp(x) - 1 and exp(x) - 1 - x.
@@ -48,7 +56,7 @@ struct Exp {
 };
 
 template <typename T>
-static inline Exp<T> exp_of(typename Simd<T>::Vector x) {
+RLIR_ANYWHERE static inline Exp<T> exp_of(typename Simd<T>::Vector x) {
   using S = ExpConstants<T>;
   using Vector = typename Simd<T>::Vector;
   using Int = typename Simd<T>::Int;
@@ -56,17 +64,20 @@ static inline Exp<T> exp_of(typename Simd<T>::Vector x) {
   y = y < S::kLowest ? splat(S::kLowest) : y;
   const Vector shifted = fma(y, splat(S::kInverseLn2), splat(S::kRounder));
   const Vector n = shifted - S::kRounder;
-  const Int exponent = (Int)shifted - (Int)splat(S::kRounder);
+  const Int exponent = as_int(shifted) - as_int(splat(S::kRounder));
   Vector r = fma(n, splat(-S::kLn2High), y);
   r = fma(n, splat(-S::kLn2Low), r);
-  Vector q = splat(S::kQ[S::kDegree]);
-  for (int k = S::kDegree - 1; k >= 0; --k) q = fma(q, r, splat(S::kQ[k]));
+  Vector q = splat(S::q(S::kDegree));
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+  for (int k = S::kDegree - 1; k >= 0; --k) q = fma(q, r, splat(S::q(k)));
   const Vector square = r * r;
   const Vector grown = fma(square, q, r);  // e^r - 1
   // In two steps: the first product is exact, so a subnormal result is rounded once.
   const Int half = exponent >> 1;
-  const Vector low = (Vector)((half + S::kBias) << S::kMantissa);
-  const Vector high = (Vector)((exponent - half + S::kBias) << S::kMantissa);
+  const Vector low = as_real(shift_left(half + S::kBias, S::kMantissa));
+  const Vector high = as_real(shift_left(exponent - half + S::kBias, S::kMantissa));
   Exp<T> out;
   out.exp = (T(1) + grown) * low * high;
   const Int near = exponent == 0;  // then r is x
@@ -75,13 +86,13 @@ static inline Exp<T> exp_of(typename Simd<T>::Vector x) {
   return out;
 }
 
-static inline Vf exp(Vf x) { return exp_of<float>(x).exp; }
+RLIR_ANYWHERE static inline Vf exp(Vf x) { return exp_of<float>(x).exp; }
 
 // ln x in double, within 2 ulp; -infinity for 0, NaN below. For one value a row.
 //
 // x = 2^k m with m from sqrt(1/2) to sqrt(2); ln m = 2 atanh(f), f = (m - 1) / (m + 1), by its
 // series, whose next term is below 2^-58. No fused multiply-adds: the same bits everywhere.
-static inline double log(double x) {
+RLIR_ANYWHERE static inline double log(double x) {
   if (!(x > 0.0)) return x == 0.0 ? -__builtin_inf() : __builtin_nan("");
   if (x == __builtin_inf()) return x;
   int64_t k = 0;
@@ -98,6 +109,9 @@ static inline double log(double x) {
   }
   const double f = (m - 1.0) / (m + 1.0), s = f * f;
   double series = 1.0 / 23;
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
   for (int i = 21; i >= 3; i -= 2) series = series * s + 1.0 / i;
   const double scale = static_cast<double>(k);
   // ln2 in two parts; scale * high is exact. m - 1 is exact, and so 2f is off by half an ulp.

@@ -4,18 +4,27 @@
 // multiply-add is asked for by name (std::fma's, one rounding), and nothing is contracted by the
 // compiler.
 //
+// In CUDA kernels a vector is one number, so that what is written in vectors (core/exp.h) gives the
+// same bits there.
+//
 // Internal linkage throughout, as in core/dtype.h.
 #pragma once
 
 #include <stdint.h>
 
-#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
+#include "core/dtype.h"
+
+#if defined(RLIR_KERNEL_SOURCE)
+#include <math.h>
+#elif defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
 #include <immintrin.h>
 #endif
 
 namespace rlir {
 
-#if defined(__AVX512F__)
+#if defined(RLIR_KERNEL_SOURCE)
+static constexpr int kWidth = 1;
+#elif defined(__AVX512F__)
 static constexpr int kWidth = 16;
 #elif defined(__AVX2__) && defined(__FMA__)
 static constexpr int kWidth = 8;
@@ -23,10 +32,17 @@ static constexpr int kWidth = 8;
 static constexpr int kWidth = 4;
 #endif
 
+#if defined(RLIR_KERNEL_SOURCE)
+typedef float Vf;
+typedef int32_t Vi;
+typedef double Vd;
+typedef int64_t Vl;
+#else
 typedef float Vf __attribute__((vector_size(kWidth * 4)));
 typedef int32_t Vi __attribute__((vector_size(kWidth * 4)));
 typedef double Vd __attribute__((vector_size(kWidth * 4)));
 typedef int64_t Vl __attribute__((vector_size(kWidth * 4)));
+#endif
 
 // A register of T, and the integers of comparisons.
 template <typename T>
@@ -45,8 +61,29 @@ struct Simd<double> {
   using Vector = Vd;
   using Int = Vl;
   using Word = int64_t;
-  static constexpr int kLanes = kWidth / 2;
+  static constexpr int kLanes = kWidth > 1 ? kWidth / 2 : 1;
 };
+
+#if defined(RLIR_KERNEL_SOURCE)
+
+RLIR_ANYWHERE static inline float splat(float x) { return x; }
+RLIR_ANYWHERE static inline double splat(double x) { return x; }
+RLIR_ANYWHERE static inline Vi as_int(Vf x) { return __builtin_bit_cast(Vi, x); }
+RLIR_ANYWHERE static inline Vl as_int(Vd x) { return __builtin_bit_cast(Vl, x); }
+RLIR_ANYWHERE static inline Vf as_real(Vi x) { return __builtin_bit_cast(Vf, x); }
+RLIR_ANYWHERE static inline Vd as_real(Vl x) { return __builtin_bit_cast(Vd, x); }
+// Bits that are shifted out are lost, also where a NaN has made them nonsense.
+RLIR_ANYWHERE static inline Vi shift_left(Vi x, int n) {
+  return static_cast<Vi>(static_cast<uint32_t>(x) << n);
+}
+RLIR_ANYWHERE static inline Vl shift_left(Vl x, int n) {
+  return static_cast<Vl>(static_cast<uint64_t>(x) << n);
+}
+RLIR_ANYWHERE static inline Vf fma(Vf a, Vf b, Vf c) { return ::fmaf(a, b, c); }
+RLIR_ANYWHERE static inline Vd fma(Vd a, Vd b, Vd c) { return ::fma(a, b, c); }
+RLIR_ANYWHERE static inline Vf select(bool mask, Vf a, Vf b) { return mask ? a : b; }
+
+#else
 
 #if defined(__AVX512F__)
 static const Vi kLaneNumbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -58,6 +95,13 @@ static const Vi kLaneNumbers = {0, 1, 2, 3};
 
 static inline Vf splat(float x) { return x - Vf{}; }  // x - 0 is x, also for -0
 static inline Vd splat(double x) { return x - Vd{}; }
+
+static inline Vi as_int(Vf x) { return (Vi)x; }
+static inline Vl as_int(Vd x) { return (Vl)x; }
+static inline Vf as_real(Vi x) { return (Vf)x; }
+static inline Vd as_real(Vl x) { return (Vd)x; }
+static inline Vi shift_left(Vi x, int n) { return x << n; }
+static inline Vl shift_left(Vl x, int n) { return x << n; }
 
 static inline Vf load_vector(const float* x) {
   Vf v;
@@ -115,5 +159,7 @@ static inline typename Simd<T>::Int widen_bytes(const uint8_t* x) {
   return wide;
 #endif
 }
+
+#endif  // RLIR_KERNEL_SOURCE
 
 }  // namespace rlir

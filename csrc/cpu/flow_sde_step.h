@@ -5,19 +5,16 @@
 //   next = mean + std eps                  rounded to the sample's format; or given
 //   logprob = -precision mean_i (next_i - mean_i)^2 - constant
 //
-// All schedules are of this form; their coefficients are made in ops/flow_sde_step.cpp. Rows are
+// All schedules are of this form; their coefficients are made in cpu/flow_schedule.h. Rows are
 // contiguous. Work is done in Real = double if a tensor is float64, else float.
 #pragma once
 
 #include <stdint.h>
 
 #include "core/dtype.h"
+#include "cpu/flow_schedule.h"
 
 namespace rlir::cpu {
-
-struct FlowCoefficients {
-  double sample, velocity, std, precision, constant;
-};
 
 struct FlowSdeStep {
   const void *velocity, *sample, *previous;  // previous: or null, then noise is drawn
@@ -48,7 +45,9 @@ struct FlowSdeBackward {
 // Rows are worked on in chunks of this many elements; each has its own sum, in a fixed order.
 inline constexpr int64_t kFlowChunk = 4096;
 
-static constexpr int64_t flow_chunks(int64_t size) { return (size + kFlowChunk - 1) / kFlowChunk; }
+RLIR_ANYWHERE static constexpr int64_t flow_chunks(int64_t size) {
+  return (size + kFlowChunk - 1) / kFlowChunk;
+}
 
 // Chunks [begin, end) of all rows, counted row by row.
 using FlowSdeStepKernel = void(const FlowSdeStep& args, int64_t begin, int64_t end);

@@ -1,6 +1,6 @@
 // The order in which a row's softmax is summed: the same for selected_logprob, which has the
 // logits of many rows side by side, and sample_tokens, which has one row at a time. Their
-// log-probabilities agree bit for bit because both do what stands here.
+// log-probabilities agree bit for bit because both do what stands here. CUDA kernels do too.
 //
 //   z_v        logit / temperature; -infinity outside the support
 //   block b    columns 256 b .. 256 b + 255, counted from column 0 of the whole vocabulary
@@ -25,15 +25,17 @@ namespace {  // nothing here may be shared between instruction sets
 constexpr int64_t kSoftmaxBlock = 256;
 constexpr int kSoftmaxLanes = 16;
 
-inline float minus_infinity() { return -__builtin_inff(); }
+RLIR_ANYWHERE inline float minus_infinity() { return -__builtin_inff(); }
 
 // What exp's argument is relative to.
-inline Vf reference_of(Vf maximum) {
+RLIR_ANYWHERE inline Vf reference_of(Vf maximum) {
   return select(maximum == splat(minus_infinity()), Vf{}, maximum);
 }
 
 // e_v x_v for the sum u, where x_v = z_v - m_b may be -infinity.
-inline Vf add_dot(Vf e, Vf x, Vf sum) { return fma(e, select(e > Vf{}, x, Vf{}), sum); }
+RLIR_ANYWHERE inline Vf add_dot(Vf e, Vf x, Vf sum) {
+  return fma(e, select(e > Vf{}, x, Vf{}), sum);
+}
 
 // Folds 16 accumulators, each a vector of rows or a single value, into the first.
 template <typename T>
@@ -44,8 +46,8 @@ inline void fold_lanes(T* sums) {
 }
 
 // One block joins a row's sums; `factor` is exp(m_b - m).
-inline void join_block(float block_max, float max, float factor, float sum, float dot, double* s,
-                       double* u) {
+RLIR_ANYWHERE inline void join_block(float block_max, float max, float factor, float sum, float dot,
+                                     double* s, double* u) {
   if (block_max == minus_infinity()) {  // sum is 0, or NaN
     *s += static_cast<double>(sum);
     return;
@@ -55,11 +57,11 @@ inline void join_block(float block_max, float max, float factor, float sum, floa
   *u += static_cast<double>(factor) * (static_cast<double>(dot) + below * static_cast<double>(sum));
 }
 
-inline float row_logprob(float z, float max, double log_sum) {
+RLIR_ANYWHERE inline float row_logprob(float z, float max, double log_sum) {
   return static_cast<float>((static_cast<double>(z) - static_cast<double>(max)) - log_sum);
 }
 
-inline float row_entropy(double s, double u, double log_sum) {
+RLIR_ANYWHERE inline float row_entropy(double s, double u, double log_sum) {
   return static_cast<float>(log_sum - u / s);
 }
 

@@ -6,6 +6,7 @@
 //   RLIR_SHARED_DYNAMIC(T, name)    T* name, the shared memory that the launch asked for
 //   launch(kernel, grid, block, shared_bytes, stream, arguments...) -> error code, 0 is success
 //   RLIR_DEVICE_ASSERT(condition, "what must hold")
+//   const RLIR_GRID_CONSTANT T a    a large parameter of a kernel that is read in place
 //
 // Raw __shared__ and <<<>>> do not compile in the emulator, so that they cannot slip through.
 // A kernel's body may depend on __CUDA_ARCH__, its declaration may not.
@@ -27,6 +28,7 @@ using emu::launch;
   T* const name = static_cast<T*>(          \
       ::rlir::emu::static_shared(&rlir_shared_##name, sizeof(T) * (n), alignof(T)))
 #define RLIR_SHARED_DYNAMIC(T, name) T* const name = static_cast<T*>(::rlir::emu::dynamic_shared())
+#define RLIR_GRID_CONSTANT
 #define RLIR_DEVICE_ASSERT(condition, text)                \
   do {                                                     \
     if (!(condition)) ::rlir::emu::device_assertion(text); \
@@ -38,6 +40,7 @@ using emu::launch;
 #include <cuda_runtime.h>
 
 #define RLIR_SHARED(T, name, n) __shared__ T name[n]
+#define RLIR_GRID_CONSTANT __grid_constant__
 #define RLIR_SHARED_DYNAMIC(T, name)                                    \
   extern __shared__ __align__(128) unsigned char rlir_shared_dynamic[]; \
   T* const name = reinterpret_cast<T*>(rlir_shared_dynamic)

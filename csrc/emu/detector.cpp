@@ -76,10 +76,11 @@ bool races(const Record& last, bool shared, bool by_the_warp) {
   return !ordered_by_warp(own, last.thread, last.time);
 }
 
+// An earlier record that is ordered before this access need not be kept: what comes after this one
+// comes after both.
 void note(Record& record, uint32_t pc, bool merge) {
   const uint16_t own = static_cast<uint16_t>(current->linear);
-  if (merge && record.thread != kNobody && record.epoch == block.epoch &&
-      record.block == block.linear && record.thread != own) {
+  if (merge && record.block == block.linear && races(record, true, false)) {
     const int warp = record.thread == kSeveralWarps ? -1
                      : record.thread & kOneWarp     ? record.thread & ~kOneWarp
                                                     : record.thread / 32;

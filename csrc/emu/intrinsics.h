@@ -195,6 +195,9 @@ inline unsigned __brev(unsigned x) {
 inline unsigned __umulhi(unsigned a, unsigned b) {
   return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32);
 }
+inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+  return static_cast<unsigned long long>(static_cast<unsigned __int128>(a) * b >> 64);
+}
 template <typename T>
 inline T __ldg(const T* p) {
   return *p;
@@ -202,6 +205,10 @@ inline T __ldg(const T* p) {
 template <typename T>
 inline T __ldcs(const T* p) {
   return *p;
+}
+template <typename T>
+inline void __stcg(T* p, T v) {
+  *p = v;
 }
 template <typename T>
 inline void __stcs(T* p, T v) {

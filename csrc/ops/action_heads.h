@@ -118,7 +118,8 @@ class HeadTables {
   static cpu::LogitRows rows(const std::string& what, const torch::stable::Tensor& x,
                              int64_t classes, const torch::stable::Tensor& like,
                              const char* like_name) {
-    RLIR_CHECK(x.is_cpu(), what, " must be on the CPU, got another device");
+    RLIR_CHECK(x.device() == like.device(), what, " must be on the device of ", like_name,
+               ", got another device");
     RLIR_CHECK(x.dim() == 3 && x.size(2) == classes, what,
                " must have shape [trajectories, frames, ", classes, "], got ", x.dim(),
                " dimensions and a last one of ", x.dim() > 0 ? x.size(x.dim() - 1) : 0);

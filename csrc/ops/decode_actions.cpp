@@ -1,4 +1,4 @@
-// rlir::decode_actions: schema, checks and CPU dispatch. What it computes: cpu/decode_actions.h.
+// rlir::decode_actions on the CPU. What it computes: cpu/decode_actions.h.
 #include "cpu/decode_actions.h"
 
 #include <torch/csrc/stable/library.h>
@@ -7,7 +7,7 @@
 #include <utility>
 
 #include "core/cpu_isa.h"
-#include "ops/action_heads.h"
+#include "ops/decode_actions.h"
 
 namespace rlir {
 namespace {
@@ -21,9 +21,7 @@ std::tuple<Tensor, Tensor> decode_actions_cpu(const Tensor& button_logits,
                                               Ints button_opponents, std::vector<double> centres) {
   const HeadTables tables("decode_actions", button_logits, camera_logits, std::move(axis_sizes),
                           std::move(group_sizes), button_classes, button_opponents);
-  const auto bins = static_cast<size_t>(tables.heads().camera.classes);
-  RLIR_CHECK(centres.size() == bins, "decode_actions: centres must be ", bins, ", got ",
-             centres.size());
+  check_centres(tables, centres);
   const int64_t b = button_logits.size(0), t = button_logits.size(1);
   Tensor classes =
       torch::stable::new_empty(button_logits, {b, t, tables.factors()}, ScalarType::Long);
@@ -46,11 +44,7 @@ std::tuple<Tensor, Tensor> decode_actions_cpu(const Tensor& button_logits,
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(rlir, m) {
-  m.def(
-      "decode_actions(Tensor button_logits, Tensor camera_logits, *, int[] axis_sizes, "
-      "int[] group_sizes, int[] button_classes, int[] button_opponents, float[] centres) "
-      "-> (Tensor, Tensor)",
-      {at::Tag::pt2_compliant_tag});
+  m.def(kDecodeActionsSchema, {at::Tag::pt2_compliant_tag});
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rlir, CPU, m) {

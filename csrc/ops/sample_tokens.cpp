@@ -1,4 +1,4 @@
-// rlir::sample_tokens: schema, checks and CPU dispatch. Formula: cpu/sample_tokens.h.
+// rlir::sample_tokens on the CPU. Formula: cpu/sample_tokens.h.
 #include "cpu/sample_tokens.h"
 
 #include <torch/csrc/stable/library.h>
@@ -8,13 +8,12 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <optional>
 #include <tuple>
 
-#include "core/check.h"
 #include "core/cpu_isa.h"
 #include "core/scratch.h"
+#include "ops/sample_tokens.h"
 
 namespace rlir {
 namespace {
@@ -22,20 +21,12 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kMaxTokens = int64_t{1} << 21;        // cpu/truncation.h: sums stay exact
 constexpr int64_t kTokensPerThread = int64_t{1} << 14;  // two rows of 8192: about 15 us
 
-void check_like(const char* name, const Tensor& x, int64_t n) {
-  RLIR_CHECK(x.is_cpu(), "sample_tokens: ", name, " must be on the CPU, got another device");
-  RLIR_CHECK(x.scalar_type() == ScalarType::Long, "sample_tokens: ", name,
-             " must be int64, got dtype ", static_cast<int>(x.scalar_type()));
-  RLIR_CHECK(n < 0 ? x.numel() == 1 : x.dim() == 1 && x.size(0) == n, "sample_tokens: ", name,
-             " must have ", n < 0 ? 1 : n, " elements, got ", x.numel());
-}
-
-uint64_t number(const char* name, const std::optional<Tensor>& tensor, int64_t value) {
+uint64_t number(const char* name, const std::optional<Tensor>& tensor, const Tensor& logits,
+                int64_t value) {
   if (!tensor) return static_cast<uint64_t>(value);
-  check_like(name, *tensor, -1);
+  check_draw(name, *tensor, logits, -1);
   return static_cast<uint64_t>(*tensor->const_data_ptr<int64_t>());
 }
 
@@ -45,43 +36,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sample_tokens_cpu(
     int64_t seed, int64_t offset, double temperature, std::optional<int64_t> top_k,
     std::optional<double> top_p, std::optional<double> min_p, int64_t low,
     std::optional<int64_t> high, bool return_support) {
-  RLIR_CHECK(logits.dim() == 2, "sample_tokens: logits must be [N, V], got ", logits.dim(),
-             " dimensions");
-  const ScalarType dtype = logits.scalar_type();
-  RLIR_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
-             "sample_tokens: logits must be float32 or bfloat16, got dtype ",
-             static_cast<int>(dtype));
-  const int64_t n = logits.size(0), v = logits.size(1), last = high.value_or(v);
-  RLIR_CHECK(v <= kMaxTokens, "sample_tokens: V must be at most ", kMaxTokens, ", got ", v);
-  RLIR_CHECK(0 <= low && low < last && last <= v,
-             "sample_tokens: vocab_range must satisfy 0 <= low < high <= ", v, ", got (", low, ", ",
-             last, ")");
-  RLIR_CHECK(std::isfinite(static_cast<float>(temperature)) && static_cast<float>(temperature) > 0,
-             "sample_tokens: temperature must be finite and > 0, got ", temperature);
-  RLIR_CHECK(!top_k || *top_k >= 1, "sample_tokens: top_k must be >= 1, got ", *top_k);
-  RLIR_CHECK(!top_p || (*top_p > 0 && *top_p <= 1), "sample_tokens: top_p must be in (0, 1], got ",
-             *top_p);
-  RLIR_CHECK(!min_p || (*min_p >= 0 && *min_p <= 1), "sample_tokens: min_p must be in [0, 1], got ",
-             *min_p);
-  if (row_ids) check_like("row_ids", *row_ids, n);
-
-  cpu::SampleTokens args{};
-  args.dtype = dtype == ScalarType::Float ? Dtype::kFloat32 : Dtype::kBFloat16;
-  args.row_stride = logits.stride(0);
-  args.token_stride = logits.stride(1);
-  args.tokens = v;
-  args.low = low;
-  args.high = last;
-  args.temperature = static_cast<float>(temperature);
-  args.top_k = top_k.value_or(0);
-  args.top_p = top_p.value_or(1.0);
-  args.min_p = min_p.value_or(0.0);
-  const uint64_t key = number("seed", seed_tensor, seed);
+  auto args = sample_arguments<cpu::SampleTokens>(logits, row_ids, temperature, top_k, top_p, min_p,
+                                                  low, high);
+  const int64_t n = logits.size(0), v = logits.size(1);
+  const uint64_t key = number("seed", seed_tensor, logits, seed);
   args.key = {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)};
-  const uint64_t count = number("offset", offset_tensor, offset);
+  const uint64_t count = number("offset", offset_tensor, logits, offset);
   RLIR_CHECK(count >> 32 == 0, "sample_tokens: offset must be from 0 and below 2^32, got ", count);
   args.offset = static_cast<uint32_t>(count);
-  args.row_id_stride = row_ids ? row_ids->stride(0) : 0;
 
   Tensor token = torch::stable::new_empty(logits, {n}, ScalarType::Long);
   Tensor logprob = torch::stable::new_empty(logits, {n}, ScalarType::Float);
@@ -98,7 +60,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sample_tokens_cpu(
 
   const auto kernel = RLIR_CPU_KERNEL(sample_tokens);
   const int64_t bytes = RLIR_CPU_KERNEL(sample_tokens_scratch)(v);
-  const int64_t grain = std::max<int64_t>(1, kTokensPerThread / (last - low));
+  const int64_t grain = std::max<int64_t>(1, kTokensPerThread / (args.high - low));
   std::atomic<int64_t> bad{n};
   torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
     const Scratch scratch(bytes);
@@ -115,14 +77,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sample_tokens_cpu(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(rlir, m) {
-  m.def(
-      "sample_tokens(Tensor logits, Tensor? row_ids=None, Tensor? seed_tensor=None, "
-      "Tensor? offset_tensor=None, *, SymInt seed=0, SymInt offset=0, float temperature=1.0, "
-      "SymInt? top_k=None, float? top_p=None, float? min_p=None, SymInt low=0, "
-      "SymInt? high=None, bool return_support=False) -> (Tensor, Tensor, Tensor, Tensor)",
-      {at::Tag::pt2_compliant_tag});
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(rlir, m) { m.def(kSampleTokensSchema, {at::Tag::pt2_compliant_tag}); }
 
 STABLE_TORCH_LIBRARY_IMPL(rlir, CPU, m) { m.impl("sample_tokens", TORCH_BOX(&sample_tokens_cpu)); }
 

@@ -84,17 +84,19 @@ def flow_sde_step(
         Flow-GRPO's public function leaves sqrt(dt) out of what it returns.
 
         Gradients flow to ``velocity``, from ``logprob`` and ``mean``. ``next`` is a sample: a
-        constant, as are ``sample``, the sigmas and ``previous``. On the CPU the bits of a row
-        depend on the row, its id, seed and offset alone: not on batch, threads or instruction set.
+        constant, as are ``sample``, the sigmas and ``previous``. The bits of a row depend on the
+        row, its id, seed and offset alone: not on batch, threads or instruction set; the CUDA
+        kernel is written to give those of the CPU.
 
     Raises:
         InputError: (a ValueError) inputs that do not fit together, or, on the CPU, sigmas out of
-            range, in one line.
+            range, in one line. On CUDA, where looking would wait for the device, a row whose sigmas
+            are out of range gets NaN and an assertion fails on the device.
     """
     now, then, key, count = _check(
         velocity, sample, sigma, sigma_next, schedule, noise_level, previous, seed, offset, row_ids
     )
-    if _library.FORCE_REFERENCE or sample.device.type != "cpu":
+    if not _library.has_kernels(sample):
         return _reference(
             velocity, sample, now, then, schedule, noise_level, previous, key, count, row_ids
         )

@@ -58,19 +58,20 @@ def inverse_reward(
         cannot be read because a logit is not finite, and 0 in masked frames. A NaN match (of
         whatever weight) makes its trajectory's reward NaN: a broken IDM must not pass for one that
         read something else. A trajectory without frames has NaN as well: there is no evidence.
-        ``group_advantage`` leaves NaN out. No gradient flows back. On the CPU matches are counted
-        as integers, so the bits depend on the trajectory alone: not on batch, threads or
-        instruction set.
+        ``group_advantage`` leaves NaN out. No gradient flows back. Matches are counted as
+        integers, so the bits depend on the trajectory alone: not on batch, threads or instruction
+        set; the CUDA kernel is written to give those of the CPU.
 
     Raises:
         InputError: (a ValueError) inputs that do not fit together, or, on the CPU, a command that
-            the space does not have, in one line.
+            the space does not have, in one line. On CUDA, where looking would wait for the device,
+            such a command gives NaN and an assertion fails on the device.
     """
     heads = heads_of(space)
     keys, camera, classes, degrees, ws = _check(
         button_logits, camera_logits, actions, heads, mode, weights, frame_mask
     )
-    if _library.FORCE_REFERENCE or keys.device.type != "cpu":
+    if not _library.has_kernels(keys):
         return _reference(keys, camera, classes, degrees, heads, mode, ws, frame_mask)
     tables = heads.tables
     try:

@@ -40,7 +40,7 @@ def sample_tokens(
     draws the same token in any batch.
 
     Args:
-        logits: [N, V], float32 or bfloat16, with any strides. V <= 2^21 on the CPU.
+        logits: [N, V], float32 or bfloat16, with any strides. V <= 2^21.
         temperature: what logits are divided by, > 0.
         top_k, top_p, min_p: truncation, or None.
         vocab_range: (low, high): only tokens low <= v < high.
@@ -53,17 +53,18 @@ def sample_tokens(
         token int64 [N], logprob float32 [N], entropy float32 [N] in nats, and with
         ``return_support`` the support, uint8 [N, ceil(V / 8)]: token v is bit v % 8 of byte
         v // 8 (``unpack_support`` gives a bool mask, ``selected_logprob`` takes it as it is).
-        No gradients. On the CPU, all bits depend on the row, its id, seed and offset alone, and
-        logprob has the bits of ``selected_logprob`` where that computes the same logits
-        (``head_logits``).
+        No gradients. All bits depend on the row, its id, seed and offset alone; the CUDA kernel
+        is written to give those of the CPU. On the CPU logprob has the bits of
+        ``selected_logprob`` where that computes the same logits (``head_logits``).
 
     Raises:
         InputError: (a ValueError) inputs that do not fit together, or a row with NaN, with
-            +infinity, or with nothing finite in ``vocab_range``.
+            +infinity, or with nothing finite in ``vocab_range``. On CUDA, where looking would wait
+            for the device, such a row gets NaN and an assertion fails on the device.
     """
     logits = logits.detach()
     _check(logits, temperature, top_k, top_p, min_p, vocab_range, seed, offset, row_ids)
-    if _library.FORCE_REFERENCE or logits.device.type != "cpu":
+    if not _library.has_kernels(logits):
         out = _reference(
             logits, temperature, top_k, top_p, min_p, vocab_range, seed, offset, row_ids
         )

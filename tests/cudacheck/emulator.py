@@ -29,7 +29,11 @@ from rlir import _library
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "emu"
 PROBES = sorted((Path(__file__).parent / "probes").glob("*.cu"))
-FAULTS = ("group_advantage:TAIL", "group_advantage:WAIT", "group_advantage:BARRIER")
+FAULTS = (
+    *("flow_sde_step:NOISE", "flow_sde_step:BARRIER"),
+    *("inverse_reward:BARRIER", "sample_tokens:BARRIER"),
+    *("group_advantage:TAIL", "group_advantage:WAIT", "group_advantage:BARRIER"),
+)
 """Faults that a kernel's own file can have planted (RLIR_FAULT_<name>), as "op:name"."""
 ORDERS = {"fifo": 0, "lifo": 1, "random": 2}
 

@@ -75,8 +75,12 @@ def _headers() -> bytes:
 def ptx(source: Path, arch: str, *definitions: str) -> str:
     """PTX of a .cu file for one architecture."""
     nvcc = tool("nvcc")
-    words = [nvcc, "-std=c++20", "-O3", "-lineinfo", f"-arch={arch}", "-ptx", f"-I{CSRC}"]
-    words += [f"-I{Path(__file__).parent / 'probes'}", *(f"-D{d}" for d in definitions)]
+    words = [nvcc, "-std=c++20", "-O3", "-fmad=false", "-lineinfo", f"-arch={arch}", "-ptx"]
+    words += [
+        f"-I{CSRC}",
+        f"-I{Path(__file__).parent / 'probes'}",
+        *(f"-D{d}" for d in definitions),
+    ]
     name = "-".join([source.stem, *definitions, arch]) + ".ptx"
     content = _headers() + source.read_bytes()
     return _made(name, content, [*words, str(source)]).read_text()

@@ -1,28 +1,39 @@
-"""flow_sde_step: the reference and the CPU kernel against the published formulas."""
+"""flow_sde_step: the reference, CPU and CUDA kernels against the published formulas.
+
+This file is longer than most: one parametrisation over all backends serves values, noise,
+gradients and errors.
+"""
 
 import math
 from collections.abc import Callable
 
 import pytest
 import torch
+from backends import Backend, backends_of
 from flow_cases import DTYPES, SCHEDULES, assert_close, latents, published
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from isas import assert_same_bits_everywhere
 from scipy import stats
-from testkit import examples
+from testkit import examples, same
 from torch import Tensor
 
 from rlir.errors import InputError
 from rlir.ops import FlowStep, flow_sde_step, flow_sde_step_reference
 from rlir.ops._noise import normals, philox
 
-BACKENDS = {"reference": flow_sde_step_reference, "cpu": flow_sde_step}
-backends = pytest.mark.parametrize("op", BACKENDS.values(), ids=BACKENDS.keys())
+CHECKED = Backend("emu-checked", flow_sde_step)
+backends = backends_of(flow_sde_step, flow_sde_step_reference)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 schedules = pytest.mark.parametrize(("schedule", "a"), SCHEDULES)
 STEPS = [(0.7, 0.6), (1.0, 0.9), (0.3, 0.0), (1.0, 0.0)]
 Op = Callable[..., FlowStep]
+
+
+def skip_costly(op: Backend, costly: bool) -> None:
+    """The emulator runs one thread after another."""
+    if op.is_emulated and costly:
+        pytest.skip("other cases have the emulator take the same ways")
 
 
 # --- Values --------------------------------------------------------------------------------------
@@ -34,7 +45,7 @@ Op = Callable[..., FlowStep]
 @pytest.mark.parametrize(("sigma", "then"), STEPS)
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7), (3, 1), (1, 4097), (4, 9000)])
 def test_is_the_published_formula(
-    op: Op,
+    op: Backend,
     schedule: str,
     a: float,
     dtype: torch.dtype,
@@ -42,6 +53,7 @@ def test_is_the_published_formula(
     then: float,
     shape: tuple[int, ...],
 ) -> None:
+    skip_costly(op, len(shape) == 2 and shape[1] > 1 and sigma != 0.7)
     v, x, later = latents(*shape, dtype=dtype)
     step = op(v, x, sigma, then, schedule=schedule, noise_level=a, previous=later)
     real = torch.float64 if dtype == torch.float64 else torch.float32
@@ -50,7 +62,7 @@ def test_is_the_published_formula(
     peer = published(schedule, v.to(real), x.to(real), sigma, then, a, later.to(real))
     assert_close(step.mean, peer[0], truth[0])
     assert_close(step.logprob, peer[1], truth[1])
-    assert step.next is later
+    assert step.next.equal(later)
     assert step.std.dtype == real
     torch.testing.assert_close(step.std, torch.full_like(step.std, truth[2]))
 
@@ -60,8 +72,9 @@ def test_is_the_published_formula(
 @dtypes
 @pytest.mark.parametrize(("sigma", "then"), STEPS)
 def test_a_draw_scores_as_it_says_bit_for_bit(
-    op: Op, schedule: str, a: float, dtype: torch.dtype, sigma: float, then: float
+    op: Backend, schedule: str, a: float, dtype: torch.dtype, sigma: float, then: float
 ) -> None:
+    skip_costly(op, sigma == 1.0)
     v, x, _ = latents(3, 5, 1700, dtype=dtype)
     options = {"schedule": schedule, "noise_level": a}
     drawn = op(v, x, sigma, then, seed=3, offset=9, **options)
@@ -74,7 +87,7 @@ def test_a_draw_scores_as_it_says_bit_for_bit(
 
 
 @backends
-def test_velocity_and_sample_may_differ_in_dtype(op: Op) -> None:
+def test_velocity_and_sample_may_differ_in_dtype(op: Backend) -> None:
     v, x, later = latents(2, 300)
     low = v.bfloat16()
     step = op(low, x, 0.7, 0.6, noise_level=0.7, previous=later.half())
@@ -86,7 +99,7 @@ def test_velocity_and_sample_may_differ_in_dtype(op: Op) -> None:
 
 @backends
 @schedules
-def test_sigmas_of_rows_and_row_ids(op: Op, schedule: str, a: float) -> None:
+def test_sigmas_of_rows_and_row_ids(op: Backend, schedule: str, a: float) -> None:
     v, x, _ = latents(4, 3, 50)
     sigma = torch.tensor([1.0, 0.8, 0.5, 0.2], dtype=torch.float64)
     then = torch.tensor([0.8, 0.5, 0.2, 0.0], dtype=torch.float64)
@@ -108,7 +121,7 @@ def test_sigmas_of_rows_and_row_ids(op: Op, schedule: str, a: float) -> None:
 
 
 @backends
-def test_a_step_without_noise_is_the_ode(op: Op) -> None:
+def test_a_step_without_noise_is_the_ode(op: Backend) -> None:
     v, x, later = latents(2, 100)
     v.requires_grad_()
     for schedule in ("flow_grpo", "dance", "cps"):
@@ -117,9 +130,10 @@ def test_a_step_without_noise_is_the_ode(op: Op) -> None:
         assert step.next.equal(step.mean)
         assert step.std.eq(0).all()
         assert step.logprob.eq(0).all()
-    scored = op(v, x, 0.7, 0.5, noise_level=0.0, previous=later)
-    assert scored.logprob.eq(0).all()
-    (grad,) = torch.autograd.grad(scored.logprob.sum(), v)
+    with op.active():
+        scored = op(v, x, 0.7, 0.5, noise_level=0.0, previous=later)
+        assert scored.logprob.eq(0).all()
+        (grad,) = torch.autograd.grad(scored.logprob.sum(), v)
     assert grad.eq(0).all()
     last = op(v, x, 0.7, 0.0, schedule="cps", noise_level=0.8)  # cps ends without noise
     torch.testing.assert_close(last.next, (x - 0.7 * v).detach(), rtol=1e-5, atol=1e-6)
@@ -197,7 +211,8 @@ def test_noise_depends_on_seed_offset_and_row_alone() -> None:
 @backends
 @schedules
 @pytest.mark.parametrize(("sigma", "then"), STEPS)
-def test_gradcheck(op: Op, schedule: str, a: float, sigma: float, then: float) -> None:
+def test_gradcheck(op: Backend, schedule: str, a: float, sigma: float, then: float) -> None:
+    skip_costly(op, sigma != 0.7)
     v, x, later = latents(2, 3, 11, dtype=torch.float64)
     v.requires_grad_()
 
@@ -205,18 +220,22 @@ def test_gradcheck(op: Op, schedule: str, a: float, sigma: float, then: float) -
         step = op(velocity, x, sigma, then, schedule=schedule, noise_level=a, previous=later)
         return step.logprob, step.mean
 
-    assert torch.autograd.gradcheck(scored, (v,))
+    with op.active():
+        assert torch.autograd.gradcheck(scored, (v,))
 
 
+@backends
 @schedules
 @dtypes
-def test_gradients_are_the_references(schedule: str, a: float, dtype: torch.dtype) -> None:
+def test_gradients_are_the_references(
+    op: Backend, schedule: str, a: float, dtype: torch.dtype
+) -> None:
     v, x, later = latents(3, 5000, dtype=dtype)
     wide = [t.double() for t in (v, x, later)]
 
-    def grad(op: Op, inputs: list[Tensor], parts: str) -> Tensor:
+    def grad(function: Op, inputs: list[Tensor], parts: str) -> Tensor:
         velocity = inputs[0].clone().requires_grad_()
-        step = op(
+        step = function(
             velocity, inputs[1], 0.7, 0.6, schedule=schedule, noise_level=a, previous=inputs[2]
         )
         loss = 0
@@ -228,22 +247,24 @@ def test_gradients_are_the_references(schedule: str, a: float, dtype: torch.dtyp
         return velocity.grad
 
     for parts in ("l", "m", "lm"):
-        got = grad(flow_sde_step, [v, x, later], parts)
+        with op.active():
+            got = grad(op, [v, x, later], parts)
         peer = grad(flow_sde_step_reference, [v, x, later], parts)
         assert_close(got, peer, grad(flow_sde_step_reference, wide, parts))
 
 
 @backends
-def test_a_drawn_sample_is_a_constant(op: Op) -> None:
+def test_a_drawn_sample_is_a_constant(op: Backend) -> None:
     v, x, _ = latents(2, 40)
     v.requires_grad_()
     x.requires_grad_()
-    step = op(v, x, 0.7, 0.6, noise_level=0.7, seed=1)
-    assert not step.next.requires_grad
-    assert not step.std.requires_grad
-    step.logprob.sum().backward()
-    again = v.detach().clone().requires_grad_()
-    op(again, x, 0.7, 0.6, noise_level=0.7, previous=step.next).logprob.sum().backward()
+    with op.active():
+        step = op(v, x, 0.7, 0.6, noise_level=0.7, seed=1)
+        assert not step.next.requires_grad
+        assert not step.std.requires_grad
+        step.logprob.sum().backward()
+        again = v.detach().clone().requires_grad_()
+        op(again, x, 0.7, 0.6, noise_level=0.7, previous=step.next).logprob.sum().backward()
     assert v.grad.equal(again.grad)
     assert v.grad.abs().max() > 0
     assert x.grad is None
@@ -254,6 +275,36 @@ def test_a_drawn_sample_is_a_constant(op: Op) -> None:
 
 def test_bits_do_not_depend_on_instruction_set_or_threads() -> None:
     assert_same_bits_everywhere("flow_cases.py")
+
+
+@schedules
+@dtypes
+@pytest.mark.parametrize("shape", [(1, 1), (3, 63), (2, 64), (2, 5, 820), (1, 8193), (1, 140_000)])
+def test_the_cuda_kernels_give_the_bits_of_the_cpu(
+    schedule: str, a: float, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    """Drawn, scored, and the gradient; 140,000 elements are more chunks than a warp adds."""
+    large = shape == (1, 140_000)
+    if large and (dtype != torch.float32 or schedule != "dance"):
+        pytest.skip("one large row will do")
+    backend = Backend("emu", flow_sde_step) if large else CHECKED
+    v, x, later = latents(*shape, dtype=dtype, seed=4)
+    ids = torch.arange(len(v)) * 2**33 - 1
+    options = {"schedule": schedule, "noise_level": a, "seed": -7, "offset": 2**32 - 1}
+    options["row_ids"] = ids
+
+    def everything() -> list[Tensor]:
+        velocity = v.clone().requires_grad_()
+        drawn = flow_sde_step(velocity, x, 0.9, 0.8, **options)
+        scored = flow_sde_step(velocity, x, 0.9, 0.8, previous=later, **options)
+        (scored.logprob.sum() + 0.5 * scored.mean.sum() + drawn.logprob.sum()).backward()
+        return [t.detach() for t in (*drawn, *scored, velocity.grad)]
+
+    want = everything()
+    with backend.active():
+        got = everything()
+    for a_part, b_part in zip(got, want, strict=True):
+        assert same(a_part, b_part)
 
 
 @settings(max_examples=examples(30), deadline=None)
@@ -286,6 +337,8 @@ def test_any_layout(
     for a, b in zip(got, peer, strict=True):
         eps = max(torch.finfo(a.dtype).eps, torch.finfo(torch.float32).eps)
         torch.testing.assert_close(a, b, rtol=8 * eps, atol=16 * eps)
+    for a, b in zip(CHECKED(v, x, 0.7, 0.6, **options), got, strict=True):
+        assert same(a, b)
 
 
 def test_opcheck() -> None:
@@ -361,7 +414,7 @@ HOSTILE: list[tuple[tuple, dict, str]] = [
 
 @backends
 @pytest.mark.parametrize(("args", "options", "message"), HOSTILE)
-def test_hostile_inputs(op: Op, args: tuple, options: dict, message: str) -> None:
+def test_hostile_inputs(op: Backend, args: tuple, options: dict, message: str) -> None:
     with pytest.raises(InputError) as caught:
         op(*args, **options)
     assert str(caught.value).startswith(f"flow_sde_step: {message}")
@@ -371,6 +424,25 @@ def test_hostile_inputs(op: Op, args: tuple, options: dict, message: str) -> Non
 def test_an_offset_in_a_tensor_is_looked_at_by_the_kernel() -> None:
     with pytest.raises(InputError, match="offset must be >= 0 and below 2"):
         flow_sde_step(V, V, 0.7, 0.6, noise_level=0.7, offset=torch.tensor(-1))
+
+
+@pytest.mark.parametrize(
+    ("sigma", "then", "offset", "message"),
+    [
+        (1.5, 0.6, 0, "sigma must be above 0 and at most 1"),
+        (0.7, 0.7, 0, "sigma must be above 0 and at most 1"),
+        (0.7, 0.6, -1, "offset must be >= 0 and below 2^32"),
+    ],
+)
+def test_the_cuda_kernel_asserts_what_it_cannot_say(
+    sigma: float, then: float, offset: int, message: str
+) -> None:
+    rows = [torch.full((3,), value) for value in (sigma, then)]
+    numbers = [torch.tensor(0), torch.tensor(offset)]
+    options = {"schedule": "dance", "noise_level": 0.3}
+    with CHECKED.active(), pytest.raises(RuntimeError) as caught:
+        torch.ops.rlir.flow_sde_step(V, V, *rows, None, *numbers, None, **options)
+    assert f"device assertion: flow_sde_step: {message}" in str(caught.value)
 
 
 def test_raw_operator_is_safe_from_hostile_inputs() -> None:

@@ -1,18 +1,18 @@
-"""sample_tokens: the reference and the CPU kernel; supports, draws, bits.
+"""sample_tokens: the reference, CPU and CUDA kernels; supports, draws, bits.
 
 Bits across instruction sets and threads: test_selected_logprob.py, whose digests hold both ops.
 """
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from backends import Backend, backends_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from testkit import FULL, examples
+from testkit import FULL, examples, same
 from torch import Tensor
 
 from rlir.ops import (
@@ -23,10 +23,9 @@ from rlir.ops import (
 )
 from rlir.ops._noise import draw_uniform
 
-Op = Callable[..., tuple[Tensor, ...]]
-BACKENDS = {"reference": sample_tokens_reference, "cpu": sample_tokens}
+CHECKED = Backend("emu-checked", sample_tokens)
 
-backends = pytest.mark.parametrize("op", BACKENDS.values(), ids=BACKENDS.keys())
+backends = backends_of(sample_tokens, sample_tokens_reference)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
 
 TRUNCATIONS: list[dict] = [
@@ -48,6 +47,11 @@ truncations = pytest.mark.parametrize("options", TRUNCATIONS, ids=str)
 def logits_of(n: int, v: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     g = torch.Generator().manual_seed(seed)
     return (torch.randn(n, v, generator=g) * 2.5).to(dtype)
+
+
+def rows_for(op: Backend, rows: int) -> int:
+    """The emulator runs one thread after another."""
+    return min(rows, 4) if op.is_emulated else rows
 
 
 def exact(logits: Tensor, support: Tensor, temperature: float = 1.0) -> tuple[np.ndarray, Tensor]:
@@ -91,13 +95,14 @@ def test_agrees_with_the_reference(dtype: torch.dtype, options: dict, shape: tup
 @backends
 @dtypes
 @truncations
-def test_values_are_exact_on_the_support(op: Op, dtype: torch.dtype, options: dict) -> None:
-    x = logits_of(31, 1000, dtype, seed=4)
+def test_values_are_exact_on_the_support(op: Backend, dtype: torch.dtype, options: dict) -> None:
+    n = rows_for(op, 31)
+    x = logits_of(n, 1000, dtype, seed=4)
     token, logprob, entropy, support = op(x, seed=3, offset=0, return_support=True, **options)
-    assert support.shape == (31, 125)
+    assert support.shape == (n, 125)
     logp, inside = exact(x, support, options.get("temperature", 1.0))
     assert inside.gather(1, token[:, None]).all()
-    truth = logp[np.arange(31), token.numpy()]
+    truth = logp[np.arange(n), token.numpy()]
     peer = torch.from_numpy(logp).float().numpy()  # the rounding of the result itself
     allowed = np.abs(peer[np.isfinite(peer)] - logp[np.isfinite(logp)]).max() + 1.2e-6
     assert np.abs(logprob.numpy() - truth).max() <= 2 * allowed
@@ -107,8 +112,8 @@ def test_values_are_exact_on_the_support(op: Op, dtype: torch.dtype, options: di
 
 @backends
 @dtypes
-def test_top_k_keeps_k_and_breaks_ties_by_the_lower_token(op: Op, dtype: torch.dtype) -> None:
-    x = logits_of(50, 700, dtype).round()  # a few distinct values
+def test_top_k_keeps_k_and_breaks_ties_by_the_lower_token(op: Backend, dtype: torch.dtype) -> None:
+    x = logits_of(rows_for(op, 50), 700, dtype).round()  # a few distinct values
     for k in (1, 2, 35, 300, 699):
         inside = unpack_support(op(x, top_k=k, seed=0, offset=0, return_support=True)[3], 700)
         order = x.float().sort(dim=-1, descending=True, stable=True).indices[:, :k]
@@ -116,8 +121,8 @@ def test_top_k_keeps_k_and_breaks_ties_by_the_lower_token(op: Op, dtype: torch.d
 
 
 @backends
-def test_top_p_is_the_smallest_set(op: Op) -> None:
-    x = logits_of(200, 500)
+def test_top_p_is_the_smallest_set(op: Backend) -> None:
+    x = logits_of(rows_for(op, 200), 500)
     for p in (0.1, 0.5, 0.9, 0.999):
         inside = unpack_support(op(x, top_p=p, seed=0, offset=0, return_support=True)[3], 500)
         prob = x.double().softmax(-1)
@@ -129,7 +134,7 @@ def test_top_p_is_the_smallest_set(op: Op) -> None:
 
 
 @backends
-def test_top_p_of_ties(op: Op) -> None:
+def test_top_p_of_ties(op: Backend) -> None:
     x = torch.zeros(1, 1000)
     inside = unpack_support(op(x, top_p=0.25, seed=0, offset=0, return_support=True)[3], 1000)
     assert inside[0].nonzero().flatten().equal(torch.arange(250))
@@ -142,7 +147,7 @@ def test_top_p_of_ties(op: Op) -> None:
 
 
 @backends
-def test_order_of_truncation(op: Op) -> None:
+def test_order_of_truncation(op: Backend) -> None:
     """top_p of the top_k, as transformers does: masses .5 .3 .2 -> of the first two .625 .375."""
     x = torch.tensor([[0.5, 0.3, 0.2]]).log()
 
@@ -159,7 +164,7 @@ def test_order_of_truncation(op: Op) -> None:
 
 @backends
 @pytest.mark.parametrize("options", [{"top_p": 0.3}, {"top_k": 1}, {"min_p": 1.0}])
-def test_both_zeros_are_one_value(op: Op, options: dict) -> None:
+def test_both_zeros_are_one_value(op: Backend, options: dict) -> None:
     x = torch.tensor([[-0.0, -0.0], [-0.0, 0.0], [0.0, -0.0], [0.0, 0.0]])
     _, _, entropy, support = op(x, seed=0, offset=0, return_support=True, **options)
     inside = unpack_support(support, 2).tolist()
@@ -205,10 +210,13 @@ def test_any_row(
     differs = got[0][equal] != expected[0][equal]
     assert int(differs.sum()) <= 1
     torch.testing.assert_close(got[2][equal], expected[2][equal], rtol=1e-5, atol=5e-6)
+    ids = torch.arange(2)  # the emulator runs one thread after another
+    again = CHECKED(x[:2], seed=seed, offset=0, row_ids=ids, return_support=True, **options)
+    assert same(list(again), [part[:2] for part in got])
 
 
 @backends
-def test_hostile_values(op: Op) -> None:
+def test_hostile_values(op: Backend) -> None:
     x = torch.full((5, 300), -torch.inf)
     x[0, 17] = 3.0  # a single token
     x[1] = 1e30
@@ -231,7 +239,9 @@ def test_hostile_values(op: Op) -> None:
 
 @backends
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.8}, {"top_k": 6, "temperature": 1.5}])
-def test_frequencies_are_the_probabilities(op: Op, options: dict) -> None:
+def test_frequencies_are_the_probabilities(op: Backend, options: dict) -> None:
+    if op.is_emulated:
+        pytest.skip("many rows; its draws are the CPU's, bit for bit")
     n = 20_000
     row = torch.tensor([[1.0, 0.0, -1.0, 2.0, 0.5, -3.0, 1.5, 0.2, -0.7, 0.9]])
     token, logprob, _, support = op(
@@ -267,13 +277,14 @@ def test_frequencies_over_a_large_vocabulary() -> None:
 
 
 @backends
-def test_a_draw_is_of_seed_row_and_offset(op: Op) -> None:
-    x = logits_of(64, 300)
+def test_a_draw_is_of_seed_row_and_offset(op: Backend) -> None:
+    n = rows_for(op, 64)
+    x = logits_of(n, 300)
     base = op(x, seed=1, offset=1)
     assert op(x, seed=1, offset=1)[0].equal(base[0])
     for other in ({"seed": 2, "offset": 1}, {"seed": 1, "offset": 2}):
         assert (op(x, **other)[0] != base[0]).float().mean() > 0.5
-    ids = torch.arange(100, 164)
+    ids = torch.arange(100, 100 + n)
     assert (op(x, seed=1, offset=1, row_ids=ids)[0] != base[0]).float().mean() > 0.5
     tensors = {"seed": torch.tensor(1), "offset": torch.tensor([1])}
     for a, b in zip(op(x, **tensors), base, strict=True):
@@ -294,6 +305,28 @@ def test_bits_do_not_depend_on_the_rest_of_the_batch(dtype: torch.dtype, options
             assert a.equal(b[rows])
 
 
+@dtypes
+@truncations
+def test_the_cuda_kernel_gives_the_bits_of_the_cpu(dtype: torch.dtype, options: dict) -> None:
+    ids, more = torch.tensor([2**40, -3, 7]), {"seed": 2**62, "offset": 5, "return_support": True}
+    for x in (
+        logits_of(3, 1000, dtype),
+        logits_of(3, 2049, dtype, seed=1).round(),  # ties; rows that are not aligned
+        logits_of(3, 1800, dtype)[:, ::2],
+    ):
+        want = sample_tokens(x, row_ids=ids, **more, **options)
+        assert same(CHECKED(x, row_ids=ids, **more, **options), want)
+
+
+@dtypes
+def test_a_large_vocabulary_lies_in_workspace(dtype: torch.dtype) -> None:
+    x = logits_of(1, 40_000, dtype)
+    for options in ({"top_p": 0.8}, {"top_k": 900, "vocab_range": (300, 39_999)}):
+        want = sample_tokens(x, seed=3, offset=4, return_support=True, **options)
+        got = Backend("emu", sample_tokens)(x, seed=3, offset=4, return_support=True, **options)
+        assert same(got, want)
+
+
 def test_strides_do_not_matter() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         x = logits_of(9, 600, dtype)
@@ -310,7 +343,7 @@ def test_strides_do_not_matter() -> None:
 
 
 @backends
-def test_empty(op: Op) -> None:
+def test_empty(op: Backend) -> None:
     out = op(torch.zeros(0, 20), seed=0, offset=0, return_support=True, top_p=0.5)
     assert [tuple(t.shape) for t in out] == [(0,), (0,), (0,), (0, 3)]
     assert [t.dtype for t in out] == [torch.int64, torch.float32, torch.float32, torch.uint8]

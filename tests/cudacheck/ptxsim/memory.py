@@ -166,6 +166,8 @@ class Shared:
         before = self.reader[at]
         kept = (self.read_epoch[at] == epoch) & (before != NOBODY)
         before_warp = np.where(before >= 0, before // 32, ONE_WARP - before)
+        # A read of this warp before its last barrier is ordered before whatever this one is.
+        kept &= (before == SEVERAL_WARPS) | (before_warp != warp) | (self.read_time[at] >= time)
         several = kept & ((before == SEVERAL_WARPS) | (before_warp != warp))
         value = np.where(kept & (before != lane), ONE_WARP - warp, lane)
         value = np.where(several, SEVERAL_WARPS, value)

@@ -16,10 +16,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := CMakeLists.txt $(shell find csrc -type f)
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
-.PHONY: help demo test bench lint pretrain report clean
+.PHONY: help demo test test-full bench lint pretrain report clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
 demo: $(READY) ## post-train the small Doom world model: the whole method in minutes
 	$(BIN)/rlir post-train doom-tiny --out runs/demo
@@ -32,6 +32,10 @@ report: $(READY) ## post-train with live controls and write the report
 
 test: $(READY) ## run all tests
 	$(BIN)/python -m pytest
+
+test-full: $(READY) ## run everything, however long it takes: ten times the examples, sanitizers
+	RLIR_FULL_TESTS=1 $(BIN)/python -m pytest
+	$(BIN)/python tools/sanitize.py
 
 bench: $(READY) ## run all benchmarks; results go to benchmarks/results/
 	@mkdir -p benchmarks/results

@@ -1,8 +1,9 @@
 """Loads the compiled op library, which registers ``torch.ops.rlir``, and its CUDA kernels.
 
-Two environment variables force a fallback, for tests and for tracking down a fault:
-``RLIR_FORCE_REFERENCE=1`` makes every op run its plain PyTorch reference (the library need not
-even be there), ``RLIR_CPU_ISA`` caps the instruction set of the kernels.
+Environment variables for tests and for tracking down a fault: ``RLIR_FORCE_REFERENCE=1`` makes
+every op run its plain PyTorch reference (the library need not even be there), ``RLIR_CPU_ISA`` caps
+the instruction set of the kernels, ``RLIR_OPS_LIBRARY`` is an op library to load in place of the
+installed one (tools/sanitize.py).
 """
 
 import importlib.util
@@ -30,7 +31,10 @@ def load() -> Path:
     info = importlib.util.find_spec("rlir._build_info")
     if info is None or info.origin is None:
         raise ImportError(f"rlir: the native library is not built; run: {_BUILD}")
-    path = Path(info.origin).with_name("librlir_ops.so")
+    other = os.environ.get("RLIR_OPS_LIBRARY")
+    path = Path(other) if other else Path(info.origin).with_name("librlir_ops.so")
+    if other and not path.exists():
+        raise InputError(f"RLIR_OPS_LIBRARY must be an op library, found no file {other}")
     if not path.exists():
         raise ImportError(f"rlir: {path.name} is missing beside _build_info; run: {_BUILD}")
     try:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from testkit import IDMS, TOKENIZER, WORLD_MODEL, one_line, same, stirred
+from testkit import IDMS, TOKENIZER, WORLD_MODEL, examples, one_line, same, stirred
 
 from rlir.checkpoints import (
     WEIGHTS,
@@ -80,7 +80,7 @@ def test_weights_come_back_bit_for_bit(tmp_path: Path, channels_last: bool) -> N
     assert fingerprint(again) == fingerprint(model)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=10)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=examples(10))
 @given(seed=st.integers(0, 2**31), kind=st.sampled_from(["tokenizer", "world-model", *IDMS]))
 def test_a_fingerprint_is_the_same_for_every_dtype(tmp_path: Path, seed: int, kind: str) -> None:
     torch.manual_seed(seed)
@@ -166,7 +166,7 @@ def test_json_that_cannot_be_read_is_named(tmp_path: Path, text: str | bytes) ->
 
 
 @given(st.binary(max_size=200))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=examples(20))
 def test_bytes_come_back(tmp_path: Path, data: bytes) -> None:
     write_bytes(tmp_path / "b", data)
     assert (tmp_path / "b").read_bytes() == data

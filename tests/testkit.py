@@ -16,6 +16,8 @@ from rlir.models.idm import InverseDynamicsConfig
 from rlir.models.tokenizer import TokenizerConfig
 from rlir.models.world_model import WorldModelConfig
 
+FULL = os.environ.get("RLIR_FULL_TESTS", "0") not in ("", "0")
+"""Whether everything runs, however long it takes: ``make test-full``."""
 SIZE = (16, 48)
 """Height and width of the tiny models' frames."""
 TOKENIZER = TokenizerConfig(height=16, width=48, levels=(4, 4), channels=8, blocks=1)
@@ -39,6 +41,11 @@ KEYS = ("key.keyboard.w", "key.keyboard.s", "key.keyboard.a", "key.keyboard.d")
 
 
 M = TypeVar("M", bound=nn.Module)
+
+
+def examples(count: int) -> int:
+    """How many examples a property is tried on: ten times as many in a full run."""
+    return 10 * count if FULL else count
 
 
 def stirred(model: M, scale: float = 0.3, seed: int = 0) -> M:

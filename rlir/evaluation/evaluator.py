@@ -12,7 +12,6 @@ from rlir.data.clips import Clips, to_bytes, to_unit
 from rlir.errors import InputError
 from rlir.evaluation.summary import Reading, Scored
 from rlir.grpo.reward import draw
-from rlir.models.idm import InverseDynamics
 from rlir.models.load import Models
 from rlir.models.world_model import WorldModel
 from rlir.rollout.engine import RolloutEngine, rollout_seed
@@ -77,10 +76,7 @@ class Evaluator:
         self.maps = tuple(clips.map_of(int(start)) for start in starts)
         self.real = frames.numpy()
         self.codes = self._encode(frames)
-        self.read_real = {
-            name: self._read(idm, to_unit(frames))
-            for name, idm in (("reward", models.reward_idm), ("judge", models.judge_idm))
-        }
+        self.read_real = self._read_both(to_unit(frames))
 
     @torch.no_grad()
     def _encode(self, frames: Tensor) -> Tensor:
@@ -90,10 +86,13 @@ class Evaluator:
                 parts.append(self.models.tokenizer.encode(to_unit(part)))
         return torch.cat(parts).unflatten(0, frames.shape[:2])
 
-    @staticmethod
-    def _read(idm: InverseDynamics, frames: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        classes, features = idm.read(frames)
-        return classes.numpy(), features.numpy()
+    def _read_both(self, frames: Tensor) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Classes and features that the reward's model and the judge read off frames."""
+        out = {}
+        for name, idm in (("reward", self.models.reward_idm), ("judge", self.models.judge_idm)):
+            classes, features = idm.read(frames)
+            out[name] = (classes.numpy(), features.numpy())
+        return out
 
     def continuations(
         self, model: WorldModel, count: int | None = None, batch: int = 64, seed: int = 0
@@ -118,9 +117,8 @@ class Evaluator:
 
     def score_codes(self, codes: Tensor) -> Scored:
         """What both models read off drawn codes [n, L, S] of the first n clips."""
-        n = len(codes)
         frames = draw(self.models.tokenizer, codes)
-        return self._scored(frames, to_bytes(frames).numpy(), n)
+        return self._scored(self._read_both(frames), to_bytes(frames).numpy())
 
     def score(self, model: WorldModel, count: int | None = None, seed: int = 0) -> Scored:
         """What both models read off the world model's continuations."""
@@ -131,11 +129,12 @@ class Evaluator:
         """``config.samples`` continuations of every clip, scored."""
         return [self.score(model, seed=seed) for seed in range(self.config.samples)]
 
-    def _scored(self, frames: Tensor, shown: np.ndarray, n: int) -> Scored:
-        readings = {}
-        for name, idm in (("reward", self.models.reward_idm), ("judge", self.models.judge_idm)):
-            classes, features = self._read(idm, frames)
-            readings[name] = Reading(classes, features, self.read_real[name][1][:n])
+    def _scored(self, read: dict[str, tuple[np.ndarray, np.ndarray]], shown: np.ndarray) -> Scored:
+        n = len(shown)
+        readings = {
+            name: Reading(classes, features, self.read_real[name][1][:n])
+            for name, (classes, features) in read.items()
+        }
         return Scored(
             self.space,
             self.actions[:n].numpy(),
@@ -148,7 +147,7 @@ class Evaluator:
 
     def ceiling(self) -> Scored:
         """The real frames: what the IDMs can read at best."""
-        return self._scored(to_unit(torch.from_numpy(self.real)), self.real, len(self.real))
+        return self._scored(self.read_real, self.real)
 
     def tokenised(self) -> Scored:
         """The real frames as the tokenizer draws them: the ceiling of any world model on it."""
@@ -157,4 +156,6 @@ class Evaluator:
     @staticmethod
     def floor(scored: Scored) -> Scored:
         """The same continuations against the commands of other clips: no obedience at all."""
-        return replace(scored, commanded=np.roll(scored.commanded, 1, axis=0))
+        out = replace(scored, commanded=np.roll(scored.commanded, 1, axis=0))
+        out.__dict__["quality"] = scored.quality  # the pictures are the same
+        return out

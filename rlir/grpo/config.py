@@ -28,8 +28,13 @@ class GrpoConfig:
     """Weight of a camera axis beside a key group in the reward."""
     credit: Literal["trajectory", "frame"] = "trajectory"
     """One advantage a rollout, as in the paper, or one a frame (denser, easier to hack)."""
+    kept: int = 0
+    """Rollouts a step is updated on: those with the largest advantages (squared, summed over
+    frames), which hold most of the gradient. 0 keeps them all."""
     learning_rate: float = 1e-4
-    """AdamW's learning rate, constant after warm-up."""
+    """AdamW's learning rate after warm-up."""
+    schedule: Literal["constant", "linear"] = "constant"
+    """The learning rate after warm-up: constant, or falling linearly to 0 at the end."""
     warmup: int = 3
     """Steps of linear warm-up."""
     clip_low: float = 0.2
@@ -75,7 +80,20 @@ class GrpoConfig:
                 f"grpo: supervised_clips must be at least 1, got {self.supervised_clips}"
             )
         check_seed(self.seed)
-        if self.minibatches > self.prompts * self.group_size:
+        rollouts = self.prompts * self.group_size
+        if not 0 <= self.kept <= rollouts:
             raise InputError(
-                f"grpo: minibatches must be at most prompts * group_size, got {self.minibatches}"
+                f"grpo: kept must be from 0 to prompts * group_size = {rollouts}, got {self.kept}"
             )
+        if self.minibatches > (self.kept or rollouts):
+            raise InputError(
+                f"grpo: minibatches must be at most the {self.kept or rollouts} rollouts of an "
+                f"update, got {self.minibatches}"
+            )
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        rate = self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup))
+        if self.schedule == "linear":
+            rate *= min(1.0, (self.steps - step) / max(1, self.steps - self.warmup))
+        return rate

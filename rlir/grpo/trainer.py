@@ -27,7 +27,7 @@ from rlir.grpo.loss import LossStatistics, policy_loss
 from rlir.grpo.reward import InverseReward, Reward, draw
 from rlir.models.tokenizer import Tokenizer
 from rlir.models.world_model import WorldModel
-from rlir.ops import group_advantage
+from rlir.ops import group_advantage, selected_logprob
 from rlir.rollout.engine import RolloutEngine, rollout_seed
 from rlir.rollout.loop import Rollouts, inference_copy
 from rlir.tracing import span
@@ -94,6 +94,15 @@ class GrpoTrainer:
         per_frame = [group_advantage(column, group_size=g) for column in reward.frame.unbind(1)]
         return torch.stack(per_frame, 1)[:, :, None]
 
+    def kept(self, advantages: Tensor) -> Tensor:
+        """Rows [kept] that the update takes. The gradient is a sum weighted by advantages: leaving
+        out the smallest leaves most of it, and an update costs more than a rollout.
+        (PODS, arXiv 2504.13818, keeps the rewards of the largest variance.)
+        """
+        weight = advantages.square().flatten(1).sum(1)
+        count = self.config.kept or len(weight)
+        return weight.argsort(descending=True, stable=True)[:count].sort().values
+
     def roll_out(self, generator: torch.Generator) -> tuple[Rollouts, Tensor, Reward, Tensor]:
         """Rollouts, their commanded actions [B, T, F], their reward and the prompts' starts."""
         config = self.config
@@ -128,11 +137,18 @@ class GrpoTrainer:
             )
 
     def _logprob(self, model: WorldModel, codes: Tensor, blocks: Tensor) -> Tensor:
+        """log p of the visual tokens of frames 1.., [B, L - 1, S]; no logits in memory."""
         with torch.autocast("cpu", torch.bfloat16):
-            logits = model(codes, blocks)
-        logits = logits / self.config.temperature
-        chosen = logits.gather(-1, codes[:, 1:, :, None])[..., 0]
-        return chosen - logits.logsumexp(-1)
+            hidden = model.hidden(codes, blocks)
+        drawn = codes[:, 1:]
+        logprob, _ = selected_logprob(
+            hidden.flatten(0, 2).bfloat16(),
+            model.lm_head.weight.bfloat16(),
+            drawn.flatten(),
+            temperature=self.config.temperature,
+            compute_entropy=False,
+        )
+        return logprob.view(drawn.shape)
 
     def _supervised(self, generator: torch.Generator) -> Tensor:
         config = self.config
@@ -182,10 +198,11 @@ class GrpoTrainer:
         advantages = self.advantages(reward)
         blocks = self.model.action_ids(commanded)
         for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * min(1.0, (self.step + 1) / max(1, config.warmup))
-        order = torch.randperm(len(commanded), generator=generator)
+            group["lr"] = config.learning_rate_at(self.step)
+        kept = self.kept(advantages)
+        order = kept[torch.randperm(len(kept), generator=generator)]
         statistics, norms = [], []
-        with span("update", len(commanded)):
+        with span("update", len(order)):
             for rows in order.chunk(config.minibatches):
                 self.optimizer.zero_grad(set_to_none=True)
                 with span("update.minibatch", len(rows)):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from rlir.actions.space import action_space
 from rlir.errors import InputError
+from rlir.ops import rms_norm, swiglu
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # With the weight in another dtype torch leaves its fused kernel.
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, rows: int = 128) -> Tensor:
@@ -183,8 +183,8 @@ class Layer(nn.Module):
         self.down_proj = nn.Linear(config.mlp, config.hidden, bias=False)
 
     def mlp(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(self.post_attention_layernorm(x)).chunk(2, -1)
-        out: Tensor = self.down_proj(F.silu(gate) * up)
+        gate_up = self.gate_up_proj(self.post_attention_layernorm(x))
+        out: Tensor = self.down_proj(swiglu(gate_up))
         return out
 
     def forward(self, x: Tensor, table: Tensor) -> Tensor:

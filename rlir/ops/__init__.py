@@ -7,6 +7,7 @@ from rlir.ops.flow_sde_step import FlowStep, flow_sde_step, flow_sde_step_refere
 from rlir.ops.group_advantage import group_advantage, group_advantage_reference
 from rlir.ops.inverse_reward import inverse_reward, inverse_reward_reference
 from rlir.ops.policy_loss import PolicyLossStatistics, policy_loss, policy_loss_reference
+from rlir.ops.rms_norm import rms_norm, rms_norm_reference
 from rlir.ops.sample_tokens import sample_tokens, sample_tokens_reference
 from rlir.ops.selected_logprob import (
     head_logits,
@@ -15,6 +16,7 @@ from rlir.ops.selected_logprob import (
     selected_logprob,
     selected_logprob_reference,
 )
+from rlir.ops.swiglu import swiglu, swiglu_reference
 
 __all__ = [
     "Actions",
@@ -34,9 +36,13 @@ __all__ = [
     "pack_support",
     "policy_loss",
     "policy_loss_reference",
+    "rms_norm",
+    "rms_norm_reference",
     "sample_tokens",
     "sample_tokens_reference",
     "selected_logprob",
     "selected_logprob_reference",
+    "swiglu",
+    "swiglu_reference",
     "unpack_support",
 ]

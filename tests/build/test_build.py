@@ -171,6 +171,18 @@ def test_an_unknown_instruction_set_is_refused(built: Built) -> None:
     )
 
 
+def test_another_op_library_can_be_loaded_in_place(built: Built, tmp_path: Path) -> None:
+    code = "from rlir import _library; print(_library.PATH)"
+    other = tmp_path / "librlir_other.so"
+    done = run_apart(built.site, "-c", code, RLIR_OPS_LIBRARY=str(other))
+    assert last_line(done) == (
+        f"rlir.errors.InputError: RLIR_OPS_LIBRARY must be an op library, found no file {other}"
+    )
+    shutil.copy(built.site / "rlir" / "librlir_ops.so", other)
+    done = run_apart(built.site, "-c", code, RLIR_OPS_LIBRARY=str(other))
+    assert done.stdout.strip() == str(other)
+
+
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_the_instruction_set_can_only_be_lowered(built: Built, isa: str) -> None:
     code = "from rlir import _build_info as b; print(b.detected_cpu_isa(), b.used_cpu_isa())"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from testkit import KEYS, SIZE, line, one_line, picture, write_recording
+from testkit import KEYS, SIZE, examples, line, one_line, picture, write_recording
 
 from rlir.actions.space import DEGREES_PER_PIXEL, DOOM
 from rlir.data.clips import open_clips
@@ -240,7 +240,7 @@ def test_no_line_at_all_is_refused(tmp_path: Path) -> None:
         read_actions(tmp_path / "a.jsonl", DOOM)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=examples(150))
 @given(
     changes=st.lists(
         st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=6

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+from testkit import examples
 
 from rlir.actions.space import DOOM, ActionSpace, CameraAxis, KeyGroup
 from rlir.errors import InputError
@@ -76,7 +77,7 @@ def test_equals_scikit_learn(space, n, t):
     check(commanded, recovered, space)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(st.data())
 def test_equals_scikit_learn_on_any_input(data):
     space = data.draw(st.sampled_from(SPACES))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from testkit import examples
 from torch import Tensor
 
 from rlir.grpo.loss import policy_loss
@@ -31,7 +32,7 @@ def published(
     return -(min(ratio * advantage, clipped * advantage) - weight * kl)
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(b=st.integers(1, 5), t=st.integers(1, 9), seed=st.integers(0, 999))
 def test_the_loss_is_the_published_formula(b: int, t: int, seed: int) -> None:
     new, old, advantages, ref = draws(seed, b, t)
@@ -99,7 +100,7 @@ def test_on_policy_the_gradient_is_the_plain_policy_gradient() -> None:
 
 
 @given(st.integers(0, 999))
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 def test_the_divergence_is_never_negative(seed: int) -> None:
     new, _, _, ref = draws(seed, 2, 6)
     none = torch.zeros(2, 1, dtype=torch.float64)

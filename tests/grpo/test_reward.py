@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from testkit import examples
 from torch import Tensor
 
 from rlir.actions.space import DOOM
@@ -42,7 +43,7 @@ def rewarded(oracle: Oracle, frames: Tensor, actions: Tensor, batch: int = 64, *
     return InverseReward(oracle, GrpoConfig(**config))(frames, actions, batch)
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(
     b=st.integers(1, 9),
     t=st.integers(1, 4),
@@ -65,7 +66,7 @@ def test_a_match_is_the_weighted_share_of_factors_that_agree(
             assert float(found.frame[i, j]) == pytest.approx(share, abs=1e-6)
 
 
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 @given(b=st.integers(1, 5), t=st.integers(1, 4), seed=st.integers(0, 999))
 def test_a_probability_is_the_mean_probability_of_the_commanded_classes(
     b: int, t: int, seed: int

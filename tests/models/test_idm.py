@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from testkit import IDMS, SIZE, picture
+from testkit import IDMS, SIZE, examples, picture
 from torch import Tensor
 
 from rlir.actions.space import DOOM
@@ -28,7 +28,7 @@ def naive_volume(a: Tensor, b: Tensor, shift: int) -> Tensor:
     return out
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 9)),
     shift=st.integers(0, 12),

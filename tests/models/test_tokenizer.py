@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from testkit import examples
 
 from rlir.errors import InputError
 from rlir.models.tokenizer import Tokenizer, TokenizerConfig
@@ -14,7 +15,7 @@ def make(**sizes: object) -> Tokenizer:
     return Tokenizer(TokenizerConfig(**{"channels": 8, "blocks": 1, **sizes})).eval()
 
 
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 @given(
     rows=st.integers(1, 4),
     columns=st.integers(1, 4),

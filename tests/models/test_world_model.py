@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from testkit import WORLD_MODEL, stirred
+from testkit import WORLD_MODEL, examples, stirred
 from torch import Tensor
 
 from rlir.actions.space import DOOM
@@ -53,7 +53,7 @@ def changed(model: WorldModel, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor
     return (x != y).any(-1).any(0)
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(frame=st.integers(0, L - 1), slot=st.integers(0, S - 1), seed=st.integers(0, 99))
 def test_a_token_changes_nothing_before_itself(frame: int, slot: int, seed: int) -> None:
     model = stirred(WorldModel(WORLD_MODEL)).eval()
@@ -67,7 +67,7 @@ def test_a_token_changes_nothing_before_itself(frame: int, slot: int, seed: int)
         assert seen[itself + 1 :].any(), "what follows does see it"
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(step=st.integers(0, L - 2), factor=st.integers(0, 3), seed=st.integers(0, 99))
 def test_an_action_changes_its_frame_and_nothing_before(step: int, factor: int, seed: int) -> None:
     model = stirred(WorldModel(WORLD_MODEL)).eval()

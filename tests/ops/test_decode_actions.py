@@ -7,7 +7,7 @@ from action_cases import DTYPES, HEADS, logits_of, read_by_hand
 from backends import Backend, backends_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from testkit import same
+from testkit import examples, same
 
 from rlir.actions import DOOM, MINECRAFT_VPT, ActionHeads
 from rlir.errors import InputError
@@ -117,7 +117,7 @@ def test_float64_is_not_rounded() -> None:
     assert decode_actions(keys, camera, DOOM).classes.tolist() == [[7, 0, 0, 0]]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(
     name=st.sampled_from(sorted(HEADS)),
     shape=st.lists(st.integers(0, 9), max_size=4),

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from isas import assert_same_bits_everywhere
 from scipy import stats
-from testkit import same
+from testkit import examples, same
 from torch import Tensor
 
 from rlir.errors import InputError
@@ -307,7 +307,7 @@ def test_the_cuda_kernels_give_the_bits_of_the_cpu(
         assert same(a_part, b_part)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(
     shape=st.lists(st.integers(1, 9), min_size=1, max_size=4),
     rows=st.integers(0, 5),

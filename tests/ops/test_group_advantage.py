@@ -24,7 +24,7 @@ from group_advantage_cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from isas import assert_same_bits_everywhere
-from testkit import same
+from testkit import FULL, examples, same
 from torch import Tensor
 
 from rlir.errors import InputError
@@ -112,7 +112,7 @@ def test_common_offset_costs_no_digits(op: Backend) -> None:
 # --- Groups, masks, strides ----------------------------------------------------------------------
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=examples(150), deadline=None, derandomize=not FULL)
 @given(
     data=st.data(),
     seed=st.integers(0, 2**20),
@@ -161,7 +161,7 @@ def test_any_layout(
     assert got[lost].eq(0).all()
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=examples(150), deadline=None, derandomize=not FULL)
 @given(
     st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=20),
     st.sampled_from([0.0, 1e-4]),

@@ -9,7 +9,7 @@ from backends import Backend, backends_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from isas import assert_same_bits_everywhere
-from testkit import same
+from testkit import examples, same
 from torch import Tensor
 
 from rlir.actions import DOOM, MINECRAFT, MINECRAFT_VPT, ActionHeads
@@ -143,7 +143,7 @@ def test_no_frames_no_evidence(op: Backend) -> None:
         assert matches.shape == (b, t, 9)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(
     name=st.sampled_from(sorted(HEADS)),
     b=st.integers(0, 70),

@@ -27,7 +27,7 @@ from policy_loss_cases import (
     exact,
     sample,
 )
-from testkit import same
+from testkit import FULL, examples, same
 from torch import Tensor
 
 from rlir.errors import InputError
@@ -275,7 +275,7 @@ LAYOUTS = ("contiguous", "step", "transposed", "column")
 
 
 @pytest.mark.parametrize("op", [CPU, CHECKED], ids=lambda op: op.name)
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=examples(60), deadline=None, derandomize=not FULL)
 @given(data=st.data())
 def test_any_layout_and_mixture_of_dtypes(op: Backend, data: st.DataObject) -> None:
     b, t = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 300))

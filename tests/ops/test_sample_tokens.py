@@ -12,7 +12,7 @@ from backends import Backend, backends_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from testkit import same
+from testkit import FULL, examples, same
 from torch import Tensor
 
 from rlir.ops import (
@@ -172,7 +172,7 @@ def test_both_zeros_are_one_value(op: Backend, options: dict) -> None:
     assert entropy.unique().numel() == 1
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=examples(80), deadline=None, derandomize=not FULL)
 @given(
     v=st.integers(1, 900),
     seed=st.integers(0, 2**20),

@@ -23,6 +23,7 @@ from selected_logprob_cases import (
     outputs,
     random_support,
 )
+from testkit import FULL, examples
 from torch import Tensor
 
 from rlir.errors import InputError
@@ -110,7 +111,7 @@ def test_support_matches_float64(op: Backend, dtypes: tuple) -> None:
     check_against_float64(op, x, **both)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=examples(60), deadline=None, derandomize=not FULL)
 @given(
     n=st.integers(0, 60),
     h=st.integers(1, 70),

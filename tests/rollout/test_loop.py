@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
-from testkit import WORLD_MODEL, stirred
+from testkit import WORLD_MODEL, examples, stirred
 from torch import Tensor
 
 from rlir.actions.space import DOOM
@@ -41,7 +41,7 @@ def teacher_forced(model: WorldModel, codes: Tensor, actions: Tensor) -> Tensor:
     return model(codes, model.action_ids(actions)).log_softmax(-1)
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(
     count=st.integers(1, 4),
     group_size=st.integers(1, 4),
@@ -82,7 +82,7 @@ def test_a_rounded_policy_is_near_its_model() -> None:
     assert float((drawn.logprob - chosen).abs().mean()) < 0.05
 
 
-@settings(max_examples=10)
+@settings(max_examples=examples(10))
 @given(count=st.integers(1, 3), length=st.integers(2, 5), seed=st.integers(0, 999))
 def test_greedy_is_the_argmax_of_a_teacher_forced_forward(
     count: int, length: int, seed: int

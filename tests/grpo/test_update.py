@@ -1,0 +1,68 @@
+"""What an update takes: the rollouts with the largest advantages, at the schedule's rate."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from toys import SMALL, Even, toy
+
+from rlir.data.clips import Clips
+from rlir.errors import InputError
+from rlir.grpo.config import GrpoConfig
+from rlir.grpo.reward import Reward
+
+
+def test_the_update_keeps_the_largest_advantages(clips: Clips) -> None:
+    trainer = toy(clips, prompts=3, kept=5)
+    advantages = torch.randn(12, 2, 1)
+    kept = trainer.kept(advantages)
+    weight = advantages.square().sum((1, 2))
+    left = sorted(set(range(12)) - set(kept.tolist()))
+    assert len(kept) == 5
+    assert weight[kept].min() >= weight[left].max()
+    tied = trainer.kept(torch.ones(12, 2, 1))
+    assert tied.tolist() == [0, 1, 2, 3, 4], "ties: the first ones, so that a run repeats itself"
+    assert toy(clips).kept(torch.randn(8, 1, 1)).tolist() == list(range(8))
+
+
+def test_rollouts_that_are_left_out_do_not_move_the_policy(clips: Clips, tmp_path: Path) -> None:
+    """A reward that splits one group alone: keeping that group's rows is keeping everything."""
+
+    class Split(Even):
+        def __call__(self, frames: Tensor, actions: Tensor) -> Reward:
+            reward = super().__call__(frames, actions)
+            reward.frame[4:] = 0.5
+            return reward
+
+    weights = []
+    for kept in (4, 0):
+        trainer = toy(clips, Split(), steps=1, kept=kept, kl_weight=0.0, minibatches=1)
+        trainer.run(tmp_path / str(kept))
+        weights.append(trainer.model.lm_head.weight)
+    # Adam divides the gradient's scale out: half the rows, the same direction.
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-6)
+
+
+def test_a_linear_schedule_ends_near_nothing() -> None:
+    config = GrpoConfig(steps=10, warmup=2, learning_rate=1.0, schedule="linear")
+    rates = [config.learning_rate_at(step) for step in range(10)]
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[-1] == pytest.approx(1 / 8)
+    assert rates[2:] == sorted(set(rates[2:]), reverse=True), "falls at every step"
+    constant = GrpoConfig(steps=10, warmup=2, learning_rate=1.0)
+    assert [constant.learning_rate_at(step) for step in range(4)] == [0.5, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"kept": 9}, "grpo: kept must be from 0 to prompts * group_size = 8, got 9"),
+        ({"kept": -1}, "grpo: kept must be from 0"),
+        ({"kept": 1}, "grpo: minibatches must be at most the 1 rollouts of an update, got 2"),
+    ],
+)
+def test_kept_that_cannot_be(settings: dict, line: str) -> None:
+    with pytest.raises(InputError, match=re.escape(line)):
+        GrpoConfig(**{**SMALL, **settings})

@@ -5,62 +5,25 @@
 The limit is a copy of what must be read and written.
 """
 
-import argparse
-
 import torch
-from harness import emit, interleave, machine, table
+from row_bench import compare
+from torch import Tensor
 
 from rlir.ops import swiglu
 
 SHAPES = ((5360, 704, torch.bfloat16), (5376, 4096, torch.bfloat16), (5360, 704, torch.float32))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    where = machine()
-    print("  ".join(f"{k} {v}" for k, v in where.items()))
-    rows, results = [], []
-    for n, size, dtype in SHAPES:
-        both_halves = torch.randn(n, 2 * size).to(dtype).requires_grad_()
-        grad = torch.randn(n, size).to(dtype)
-        target = torch.empty_like(grad)
+def make(n: int, size: int, dtype: torch.dtype) -> tuple[dict, tuple[Tensor, ...], Tensor]:
+    both_halves = torch.randn(n, 2 * size).to(dtype).requires_grad_()
 
-        def eager(x: torch.Tensor = both_halves) -> torch.Tensor:
-            gate, up = x.chunk(2, -1)
-            return torch.nn.functional.silu(gate) * up
+    def eager() -> Tensor:
+        gate, up = both_halves.chunk(2, -1)
+        return torch.nn.functional.silu(gate) * up
 
-        calls = {"rlir": lambda x=both_halves: swiglu(x), "torch": eager}
-        both = {
-            name: lambda f=f, x=both_halves, g=grad: torch.autograd.grad(f(), x, g)
-            for name, f in calls.items()
-        }
-        copy = {"copy": lambda x=grad, t=target: t.copy_(x)}
-        for what, candidates, passes in (("forward", calls, 1.5), ("both ways", both, 4.0)):
-            times = interleave({**candidates, **copy}, options.rounds)
-            limit, ours = passes * times["copy"], times["rlir"]
-            rows.append(
-                (
-                    f"[{n}, {size}] {str(dtype).removeprefix('torch.')}, {what}",
-                    *(f"{times[name] * 1e6:.0f}" for name in ("rlir", "torch", "copy")),
-                    f"{times['torch'] / ours:.2f}",
-                    f"{100 * limit / ours:.0f}",
-                )
-            )
-            results.append(
-                {
-                    "shape": [n, size],
-                    "dtype": str(dtype),
-                    "what": what,
-                    "microseconds": {k: round(t * 1e6, 1) for k, t in times.items()},
-                }
-            )
-    print(table(("us", "rlir", "torch", "copy", "x torch", "% of limit"), rows))
-    emit("swiglu", {"machine": where, "results": results})
+    calls = {"rlir": lambda: swiglu(both_halves), "torch": eager}
+    return calls, (both_halves,), torch.randn(n, size).to(dtype)
 
 
 if __name__ == "__main__":
-    main()
+    compare("swiglu", __doc__.splitlines()[0], SHAPES, make, (1.5, 4.0))

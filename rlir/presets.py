@@ -93,7 +93,7 @@ DOOM_TINY = Preset(
     ),
     grpo=replace(_GRPO, steps=50),
     evaluation=EvaluationConfig(temperature=TEMPERATURE, samples=4),
-    control=ControlConfig(steps=300, learning_rates=(1e-4, 3e-4, 1e-3)),
+    control=ControlConfig(steps=680, learning_rates=(1e-4, 3e-4, 1e-3)),
     pretraining_data=_PRETRAINING_DATA,
     post_training_data=_POST_TRAINING_DATA,
 )

@@ -11,6 +11,7 @@ goes on where it was (OUT/parts).
 """
 
 import argparse
+import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 
 from rlir import console
-from rlir.checkpoints import fingerprint, read_json, write_json
+from rlir.checkpoints import fingerprint, load_weights, read_json, save_model, write_json
 from rlir.evaluation.bootstrap import bootstrap_change
 from rlir.evaluation.evaluator import Evaluator
 from rlir.evaluation.following import Tally, join, tally
@@ -77,11 +78,14 @@ def main() -> None:
     test = Evaluator(models, sets["test"], chosen.evaluation.clips, chosen.evaluation)
     parts = Parts(arguments.out / "parts", fingerprint(models.world_model))
 
-    def trained(
-        rate: float, on_step: Callable[[int, WorldModel], None] | None = None
-    ) -> WorldModel:
-        frames, clips = chosen.grpo.frames, sets["prompts"]
-        return continue_pretraining(models.world_model, clips, codes, frames, config, rate, on_step)
+    def weights(rate: float) -> Path:
+        return parts.directory / f"rate-{rate:g}-{config.steps}"
+
+    def trained(rate: float, on_step: Callable[[int, WorldModel], None]) -> WorldModel:
+        frames, clips, base = chosen.grpo.frames, sets["prompts"], models.world_model
+        model = continue_pretraining(base, clips, codes, frames, config, rate, on_step)
+        save_model(weights(rate), model, "world-model", model.config)
+        return model
 
     samples = chosen.evaluation.samples
     scores: list[Scored] = []
@@ -130,14 +134,13 @@ def main() -> None:
         parts(f"temperature-{t:g}", lambda t=t: one_temperature(t)) for t in arguments.temperatures
     ]
 
-    control: list[WorldModel] = []  # trained when first needed
+    control = copy.deepcopy(models.world_model)
+    load_weights(weights(best), control)
 
     def one_seed(seed: int) -> dict[str, Any]:
-        if not control:
-            control.append(trained(best))
         return {
             name: test.score(model, seed=seed).judge.recovered.tolist()
-            for name, model in (("base", models.world_model), ("control", control[0]))
+            for name, model in (("base", models.world_model), ("control", control))
         }
 
     def equivalence() -> dict[str, Any]:

@@ -234,7 +234,7 @@ def gains(
 
     Give several runs on both sides (the base's once a run, on the same clips) to pool seeds; a
     clip that several runs share is drawn together. ``control`` is the stored summary of the base
-    after continued pretraining for the same time; ``over_control`` is the gain relative to it.
+    after continued pretraining; ``over_control`` is the gain relative to it.
     Keys: ``reward_`` and ``judge_`` with f1_macro, reward, camera_l1 and so on; psnr, ssim,
     motion, brightness, frechet_reward_idm, frechet_judge_idm. Signs are those of the figures.
     """

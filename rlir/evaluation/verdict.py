@@ -139,11 +139,11 @@ def _over_control(change: Gain) -> str | None:
         return None
     if over > 0:
         return (
-            "Against the control, continued pretraining for the same time, the judge's F1 is "
+            "Against the control, continued pretraining, the judge's F1 is "
             f"{100 * over:.1f}% higher."
         )
     return (
-        f"{WARNING}the control, continued pretraining for the same time, does as well or better: "
+        f"{WARNING}the control, continued pretraining, does as well or better: "
         f"the judge's F1 is {-100 * over:.1f}% lower than with it. The base had not converged, or "
         "post-training was too short."
     )

@@ -21,9 +21,6 @@ using HiddenProduct = typename ProductOf<kTensorCores, false, true>::Type;
 template <bool kTensorCores>
 using WeightProduct = typename ProductOf<kTensorCores, true, true>::Type;
 
-// Columns of a row that a thread of a team of 16 works on: lane, lane + 16, ...
-constexpr int kOwnColumns = kTileColumns / kSoftmaxLanes;
-
 // Operands of hidden weight^T. Columns beyond vocab_range are not looked at.
 __device__ __forceinline__ Operand hidden_operand(const Head& a) {
   const Matrix& m = a.hidden;
@@ -53,19 +50,13 @@ __device__ __forceinline__ bool supports(const Head& a, int64_t row, int64_t tok
          (a.support[row * a.support_stride + token / 8] >> (token % 8) & 1) != 0;
 }
 
-// z of the logits of a row in a tile, for this lane's columns; -infinity outside of the support.
-__device__ __forceinline__ void load_z(const Head& a, const float* logits, int64_t row,
-                                       int64_t start, int lane, float (&z)[kOwnColumns]) {
-#pragma unroll
-  for (int i = 0; i < kOwnColumns; ++i) {
-    const int column = lane + kSoftmaxLanes * i;
-    const int64_t token = start + column;
-    z[i] = cpu::minus_infinity();
-    if (!supports(a, row, token)) continue;
-    z[i] = logits[column];
-    if (a.bias != nullptr) z[i] = z[i] + float_at(a.bias, a.bias_dtype, token * a.bias_stride);
-    if (a.temperature != 1.0f) z[i] = z[i] / a.temperature;
-  }
+// z of a logit, which is looked at inside of the support only; -infinity outside.
+__device__ __forceinline__ float z_of(const Head& a, const float* logit, int64_t row,
+                                      int64_t token) {
+  if (!supports(a, row, token)) return cpu::minus_infinity();
+  float z = *logit;
+  if (a.bias != nullptr) z = z + float_at(a.bias, a.bias_dtype, token * a.bias_stride);
+  return a.temperature != 1.0f ? z / a.temperature : z;
 }
 
 // The rows of a half tile that a team of 16 threads takes, one a step: the two teams of a warp have

@@ -309,7 +309,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T, bool kWide>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     backward_kernel(const RLIR_GRID_CONSTANT PolicyLossBackward a,
                     const RLIR_GRID_CONSTANT cpu::Token<T> token) {
   const PolicyLoss& f = a.f;

@@ -199,32 +199,26 @@ class MmaProduct {
   bool works_;
 };
 
-// float32, or what is widened to it.
+// float32, or what is widened to it. Sums of whole chains wait in the tile in shared memory: beside
+// the chains they would not fit into registers.
 class SimtProduct {
  public:
   static constexpr int kRows = 64, kHalves = 1;
   static constexpr int kDepth = 16, kChain = 128;
   static constexpr int kStrideA = kRows + 4, kStrideB = kTileColumns + 4;
-  static constexpr size_t kShared = kTileBytes;
-  static_assert(kDepth * (kStrideA + kStrideB) * sizeof(float) <= kShared);
+  static constexpr size_t kShared = kTileBytes + kDepth * (kStrideA + kStrideB) * sizeof(float);
 
   __device__ __forceinline__ void run(const Operand& a, const Operand& b, int64_t row,
                                       int64_t column, const Depth& depth, const Start& start,
                                       void* shared) {
-    float* at = static_cast<float*>(shared);
-    float* bt = at + kDepth * kStrideA;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    works_ = row + 8 * warp < a.count;
-    float chain[8][8] = {};
+    float* sums = static_cast<float*>(shared) + 8 * warp * kTileStride + 4 * lane;
+    float* at = static_cast<float*>(shared) + kHalfRows * kTileStride;
+    float* bt = at + kDepth * kStrideA;
+    const bool works = row + 8 * warp < a.count;
     bool adds = start.sums != nullptr;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const int64_t m = row + 8 * warp + i, n = column + column_of(j);
-        sums_[i][j] = adds && m < a.count && n < b.count ? start.sums[m * start.stride + n] : 0.0f;
-      }
-    }
+    initialise(sums, row + 8 * warp, column + 4 * lane, a.count, b.count, start);
+    float chain[8][8] = {};
 #pragma unroll 1
     for (int64_t k = depth.first / kDepth * kDepth; k < depth.end; k += kDepth) {
       fill<kRows>(at, a, row, k, depth);
@@ -232,7 +226,7 @@ class SimtProduct {
 #if !defined(RLIR_FAULT_COPY_BARRIER)
       __syncthreads();
 #endif
-      if (works_) {
+      if (works) {
 #pragma unroll 4
         for (int i = 0; i < kDepth; ++i) {
           const float4* x = reinterpret_cast<const float4*>(at + i * kStrideA + 8 * warp);
@@ -245,32 +239,41 @@ class SimtProduct {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          sums_[i][j] = adds ? sums_[i][j] + chain[i][j] : chain[i][j];
-          chain[i][j] = 0.0f;
+        for (int j = 0; j < 8; j += 4) {
+          float4* to = reinterpret_cast<float4*>(sums + i * kTileStride + j / 4 * 128);
+          float (&c)[8] = chain[i];
+          const float4 s = *to;
+          *to = adds ? make_float4(s.x + c[j], s.y + c[j + 1], s.z + c[j + 2], s.w + c[j + 3])
+                     : make_float4(c[j], c[j + 1], c[j + 2], c[j + 3]);
+          c[j] = c[j + 1] = c[j + 2] = c[j + 3] = 0.0f;
         }
       }
       adds = true;
     }
-    __syncthreads();
   }
 
-  __device__ __forceinline__ void put(int, float* tile) const {
-    if (!works_) return;
-    float* to = tile + threadIdx.x / 32 * 8 * kTileStride;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-#pragma unroll
-      for (int j = 0; j < 8; j += 4) {
-        *reinterpret_cast<float4*>(to + i * kTileStride + column_of(j)) =
-            make_float4(sums_[i][j], sums_[i][j + 1], sums_[i][j + 2], sums_[i][j + 3]);
-      }
-    }
-  }
+  // They are there.
+  __device__ __forceinline__ void put(int, float*) const {}
 
  private:
-  static __device__ __forceinline__ int column_of(int j) {
-    return j / 4 * 128 + 4 * static_cast<int>(threadIdx.x % 32) + j % 4;
+  // What this thread's 8 x 8 sums start from.
+  static __device__ __forceinline__ void initialise(float* sums, int64_t row, int64_t column,
+                                                    int64_t rows, int64_t columns,
+                                                    const Start& start) {
+#pragma unroll 1
+    for (int i = 0; i < 8; ++i) {
+#pragma unroll
+      for (int c = 0; c < kTileColumns; c += 128) {
+        float s[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const bool there = start.sums != nullptr && row + i < rows && column + c + j < columns;
+          s[j] = there ? start.sums[(row + i) * start.stride + column + c + j] : 0.0f;
+        }
+        *reinterpret_cast<float4*>(sums + i * kTileStride + c) =
+            make_float4(s[0], s[1], s[2], s[3]);
+      }
+    }
   }
 
   static __device__ __forceinline__ void add(float (&sum)[8][8], const float4& x0, const float4& x1,
@@ -319,6 +322,7 @@ class SimtProduct {
         *reinterpret_cast<float4*>(to + j * kStride + i) = *reinterpret_cast<const float4*>(from);
       }
     } else {
+#pragma unroll 1
       for (int e = threadIdx.x; e < kCount * kDepth; e += kProductThreads) {
         const int i = by_k ? e / kDepth : e % kCount, j = by_k ? e % kDepth : e / kCount;
         const bool there = first + i < x.count && k + j >= depth.first && k + j < depth.end;
@@ -326,9 +330,6 @@ class SimtProduct {
       }
     }
   }
-
-  float sums_[8][8];
-  bool works_;
 };
 
 template <bool kTensorCores, bool kAcrossA, bool kAcrossB>

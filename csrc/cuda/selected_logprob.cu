@@ -16,20 +16,22 @@ namespace {
 
 constexpr int kRowThreads = 128;
 
-// One row of a tile: its maximum and sums, and z of the target.
-__device__ __forceinline__ void reduce_row(const SelectedLogprob& a, const float* logits,
+// One row of a tile: its maximum and sums, and z of the target. z replaces the logits: in registers
+// there is no room for it beside the sums of the tile's other half.
+__device__ __forceinline__ void reduce_row(const SelectedLogprob& a, float* row_of_tile,
                                            int64_t row, int64_t block) {
   const int lane = threadIdx.x % kSoftmaxLanes;
   const uint32_t team = team_mask();
-  float z[kOwnColumns];
-  load_z(a.head, logits, row, block * kSoftmaxBlock, lane, z);
-  const int64_t target =
-      a.head.targets[row * a.head.target_stride] - (block * kSoftmaxBlock + lane);
+  float* own = row_of_tile + lane;  // every 16th is this thread's
+  const int64_t first = block * kSoftmaxBlock + lane;
+  const int64_t target = a.head.targets[row * a.head.target_stride] - first;
   float most = cpu::minus_infinity();
-#pragma unroll
-  for (int i = 0; i < kOwnColumns; ++i) {
-    most = z[i] > most ? z[i] : most;
-    if (target == kSoftmaxLanes * i) a.target_z[row] = z[i];
+#pragma unroll 4
+  for (int c = 0; c < kTileColumns; c += kSoftmaxLanes) {
+    const float z = z_of(a.head, own + c, row, first + c);
+    own[c] = z;
+    most = z > most ? z : most;
+    if (target == c) a.target_z[row] = z;
   }
 #pragma unroll
   for (int distance = kSoftmaxLanes / 2; distance > 0; distance /= 2) {
@@ -38,9 +40,9 @@ __device__ __forceinline__ void reduce_row(const SelectedLogprob& a, const float
   }
   const float reference = cpu::reference_of(most);
   float sum = 0.0f, dot = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kOwnColumns; ++i) {
-    const float x = z[i] - reference, e = exp(x);
+#pragma unroll 4
+  for (int c = 0; c < kTileColumns; c += kSoftmaxLanes) {
+    const float x = own[c] - reference, e = exp(x);
     sum += e;
     if (a.entropy != nullptr) dot = cpu::add_dot(e, x, dot);
   }

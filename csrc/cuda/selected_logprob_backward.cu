@@ -53,16 +53,14 @@ __device__ __forceinline__ void gradient_row(const HeadGradient& g, float* row_o
                                              int64_t start) {
   const Head& a = g.head;
   const int lane = threadIdx.x % kSoftmaxLanes;
-  float z[kOwnColumns];
-  load_z(a, row_of_tile, row, start, lane, z);
   const RowGradient of_row(g, row);
-  const int64_t target = a.targets[row * a.target_stride] - (start + lane);
-#pragma unroll
-  for (int i = 0; i < kOwnColumns; ++i) {
-    const int64_t token = start + lane + kSoftmaxLanes * i;
-    float dz = of_row.of(z[i]);
-    if (target == kSoftmaxLanes * i) dz += of_row.logprob;
-    row_of_tile[lane + kSoftmaxLanes * i] = token >= a.low && token < a.high ? dz : 0.0f;
+  const int64_t target = a.targets[row * a.target_stride];
+#pragma unroll 4
+  for (int c = lane; c < kTileColumns; c += kSoftmaxLanes) {
+    const int64_t token = start + c;
+    float dz = of_row.of(z_of(a, row_of_tile + c, row, token));
+    if (token == target) dz += of_row.logprob;
+    row_of_tile[c] = token >= a.low && token < a.high ? dz : 0.0f;
   }
 }
 

@@ -58,15 +58,15 @@ BUDGETS: dict[str, dict[str, Budget]] = {
     },
     # A block a multiprocessor: 128 x 256 sums of a tile are in its registers.
     "selected_logprob": {
-        "tile_kernel": Budget(threads=256, registers=255, blocks=1, dynamic=98304),
-        "logits_kernel": Budget(threads=256, registers=255, blocks=1, dynamic=98304),
+        "tile_kernel": Budget(threads=256, registers=240, blocks=1, dynamic=98304),
+        "logits_kernel": Budget(threads=256, registers=240, blocks=1, dynamic=98304),
         "rows_kernel": Budget(threads=128, registers=64, blocks=8),
         "pack_kernel": Budget(threads=128, registers=48, blocks=10, has=(r"STG\S*\.128",)),
     },
     "selected_logprob_backward": {
-        "gradient_kernel": Budget(threads=256, registers=255, blocks=1, dynamic=98304),
-        "hidden_kernel": Budget(threads=256, registers=255, blocks=1, dynamic=98304),
-        "weight_kernel": Budget(threads=256, registers=255, blocks=1, dynamic=98304),
+        "gradient_kernel": Budget(threads=256, registers=240, blocks=1, dynamic=98304),
+        "hidden_kernel": Budget(threads=256, registers=240, blocks=1, dynamic=98304),
+        "weight_kernel": Budget(threads=256, registers=240, blocks=1, dynamic=98304),
         "bias_kernel": Budget(threads=128, registers=40, blocks=12),
     },
 }

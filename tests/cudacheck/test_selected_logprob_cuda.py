@@ -15,6 +15,7 @@ from cudacheck import toolkit
 from cudacheck.emulator import FAULTS, emulated
 from cudacheck.probing import aligned
 from cudacheck.ptxsim import PtxError, run
+from rlir.errors import InputError
 from rlir.ops import head_logits, selected_logprob
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
@@ -23,7 +24,7 @@ from selected_logprob_cases import BF16, FLOAT, Inputs, inputs, outputs, random_
 FORWARD = toolkit.CSRC / "cuda" / "selected_logprob.cu"
 BACKWARD = toolkit.CSRC / "cuda" / "selected_logprob_backward.cu"
 DTYPES = {FLOAT: 1, BF16: 2}
-SHARED = {0: 67584, 1: 98304}
+SHARED = {0: 88576, 1: 98304}
 """Bytes, without and with tensor cores."""
 ROWS = {0: 64, 1: 128}
 
@@ -223,15 +224,19 @@ def test_ptx_of_logits() -> None:
 
 @pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=["float32", "bf16"])
 def test_accesses_are_without_conflicts(dtype: torch.dtype) -> None:
-    """Fragments through ldmatrix and rows of the tile; copies of 16 bytes."""
+    """Fragments through ldmatrix and rows of the tile; copies of 16 bytes.
+
+    In float32 operands are transposed on their way in (2), and what is one read of 16 bytes a lane
+    on a GPU the host compiler makes four of 4 bytes, of every fourth bank (4).
+    """
     x = inputs(64, 64, 256, (dtype, dtype))
     with emulated("checked") as emulator:
         emulator.configure(profile=0)
         head_logits(x.hidden, x.weight)
         places = [p for p in emulator.profile() if p.space == "shared"]
     assert places
-    limit = 1.0 if dtype == BF16 else 2.0  # float32 operands are transposed on their way in
-    assert all(p.ratio <= limit for p in places), places
+    limits = {"write": 1.0, "read": 1.0} if dtype == BF16 else {"write": 2.0, "read": 4.0}
+    assert all(p.ratio <= limits[p.kind] for p in places), places
 
 
 MESSAGES = {
@@ -250,7 +255,7 @@ def test_planted_faults_are_found(fault: str) -> None:
     x = inputs(20, 136, 90, (BF16, BF16))
     with (
         emulated(f"rlir_emu_{fault.replace(':', '_')}", "random"),
-        pytest.raises(RuntimeError, match=MESSAGES[fault]),
+        pytest.raises((RuntimeError, InputError), match=MESSAGES[fault]),
     ):
         outputs(selected_logprob, x)
 

@@ -148,32 +148,55 @@ struct PhiloxWords {
   PhiloxLanes a, b, c, d;
 };
 
-static inline PhiloxWords philox(PhiloxWords x, PhiloxKey key) {
+// The keys of the rounds, made once for many tiles: vectors read them from memory as they need
+// them.
+struct PhiloxSchedule {
+  uint64_t low[10], high[10];
+
+  explicit PhiloxSchedule(PhiloxKey key) {
+    for (int round = 0; round < 10; ++round) {
+      low[round] = key.low;
+      high[round] = key.high;
+      key.low += 0x9e3779b9u;
+      key.high += 0xbb67ae85u;
+    }
+  }
+};
+
+// Two groups by turns: the rounds of one alone would wait for their multiplications.
+inline constexpr int kPhiloxPair = 2 * kPhiloxGroup;
+
+static inline void philox(PhiloxWords (&words)[2], const PhiloxSchedule& key) {
   const PhiloxLanes zero = {};
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
-    const PhiloxLanes p = multiply_low(x.a, zero + 0xd2511f53u);
-    const PhiloxLanes q = multiply_low(x.c, zero + 0xcd9e8d57u);
-    x = {(q >> 32) ^ x.b ^ key.low, q, (p >> 32) ^ x.d ^ key.high, p};
-    key.low += 0x9e3779b9u;
-    key.high += 0xbb67ae85u;
+#pragma GCC unroll 2
+    for (PhiloxWords& x : words) {
+      const PhiloxLanes p = multiply_low(x.a, zero + 0xd2511f53u);
+      const PhiloxLanes q = multiply_low(x.c, zero + 0xcd9e8d57u);
+      x = {(q >> 32) ^ x.b ^ key.low[round], q, (p >> 32) ^ x.d ^ key.high[round], p};
+    }
   }
-  return x;
 }
 
 static inline void normal_tile(float* out, uint32_t tile, uint32_t offset, uint64_t row,
-                               PhiloxKey key) {
+                               const PhiloxSchedule& key) {
   uint32_t words[4][16];
   const PhiloxLanes zero = {};
-  for (int first = 0; first < 16; first += kPhiloxGroup) {
-    PhiloxWords x = {zero, zero + offset, zero + (row & 0xffffffffu), zero + (row >> 32)};
-    for (int l = 0; l < kPhiloxGroup; ++l) x.a[l] = tile * 16u + static_cast<uint32_t>(first + l);
-    x = philox(x, key);
-    for (int l = 0; l < kPhiloxGroup; ++l) {
-      words[0][first + l] = static_cast<uint32_t>(x.a[l]);
-      words[1][first + l] = static_cast<uint32_t>(x.b[l]);
-      words[2][first + l] = static_cast<uint32_t>(x.c[l]);
-      words[3][first + l] = static_cast<uint32_t>(x.d[l]);
+  PhiloxLanes count = {};
+  for (int l = 0; l < kPhiloxGroup; ++l) count[l] = static_cast<uint64_t>(l);
+  for (int first = 0; first < 16; first += kPhiloxPair) {
+    const PhiloxWords start = {zero, zero + offset, zero + (row & 0xffffffffu), zero + (row >> 32)};
+    PhiloxWords x[2] = {start, start};
+    x[0].a = count + (tile * 16u + static_cast<uint32_t>(first));
+    x[1].a = x[0].a + kPhiloxGroup;
+    philox(x, key);
+    for (int l = 0; l < kPhiloxPair; ++l) {
+      const PhiloxWords& from = x[l / kPhiloxGroup];
+      words[0][first + l] = static_cast<uint32_t>(from.a[l % kPhiloxGroup]);
+      words[1][first + l] = static_cast<uint32_t>(from.b[l % kPhiloxGroup]);
+      words[2][first + l] = static_cast<uint32_t>(from.c[l % kPhiloxGroup]);
+      words[3][first + l] = static_cast<uint32_t>(from.d[l % kPhiloxGroup]);
     }
   }
   for (int pair = 0; pair < 2; ++pair) {

@@ -55,7 +55,12 @@ inline void round_tile(Real* x, void* to, int64_t at, int64_t n) {
 
 template <typename Real>
 inline void copy_tile(const Real* x, void* to, int64_t at, int64_t n) {
-  __builtin_memcpy(static_cast<Real*>(to) + at, x, static_cast<uint64_t>(n) * sizeof(Real));
+  Real* out = static_cast<Real*>(to) + at;
+  if (n == kTile) {  // of a known size: the compiler makes vectors of it
+    __builtin_memcpy(out, x, sizeof(Real[kTile]));
+    return;
+  }
+  for (int64_t i = 0; i < n; ++i) out[i] = x[i];
 }
 
 template <typename Real>
@@ -81,7 +86,7 @@ double step_chunk(const FlowSdeStep& a, int64_t row, int64_t chunk) {
   const Real std = static_cast<Real>(k.std);
   const uint64_t id =
       static_cast<uint64_t>(a.row_ids == nullptr ? row : a.row_ids[row * a.row_id_stride]);
-  const PhiloxKey key = {static_cast<uint32_t>(a.seed), static_cast<uint32_t>(a.seed >> 32)};
+  const PhiloxSchedule key({static_cast<uint32_t>(a.seed), static_cast<uint32_t>(a.seed >> 32)});
   const int64_t first = chunk * kFlowChunk;
   const int64_t last = a.size - first < kFlowChunk ? a.size : first + kFlowChunk;
   double sums[kLanes] = {};  // as float, a long row would lose digits

@@ -99,7 +99,7 @@ def main() -> None:
         curve: list[dict[str, float]] = []
 
         def note(step: int, model: WorldModel) -> None:
-            if step % max(1, config.steps // 3) == 0 and step < config.steps:
+            if step % -(-config.steps // 3) == 0 and step < config.steps:
                 summary = summarise(test.score_samples(model), draws=1)
                 figure = value_of(summary, "judge_f1_macro")
                 curve.append({"step": step, "judge_f1_macro": figure or 0.0})

@@ -37,7 +37,7 @@ test-full: $(READY) ## run everything, however long it takes: ten times the exam
 	RLIR_FULL_TESTS=1 $(BIN)/python -m pytest
 	$(BIN)/python tools/sanitize.py
 
-bench: $(READY) ## run all benchmarks; results go to benchmarks/results/
+bench: $(VENV)/.peers ## run all benchmarks; results go to benchmarks/results/
 	@mkdir -p benchmarks/results
 	@for file in benchmarks/bench_*.py; do \
 	  name=$$(basename $$file .py); \
@@ -49,6 +49,11 @@ lint: $(READY) ## check style, types and formatting
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+
+# What benchmarks compare with.
+$(VENV)/.peers: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-build-isolation -c constraints.txt -e '.[bench]'
+	@touch $@
 
 clean: ## remove .venv and what was built (not runs/)
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

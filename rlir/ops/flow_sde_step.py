@@ -4,7 +4,7 @@ next = mean + std eps, logprob = log N(next; mean, std), averaged over the laten
 """
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -100,19 +100,15 @@ def flow_sde_step(
         return _reference(
             velocity, sample, now, then, schedule, noise_level, previous, key, count, row_ids
         )
+    fixed = None if previous is None else previous.detach()
+    inputs = (velocity, sample.detach(), now, then, fixed, key, count, row_ids)
+    options = {"schedule": schedule, "noise_level": noise_level}
+    eager = torch.is_grad_enabled() and velocity.requires_grad and not torch.compiler.is_compiling()
     try:
-        drawn, logprob, mean, std = torch.ops.rlir.flow_sde_step.default(
-            velocity,
-            sample.detach(),
-            now,
-            then,
-            None if previous is None else previous.detach(),
-            key,
-            count,
-            row_ids,
-            schedule=schedule,
-            noise_level=noise_level,
-        )
+        if eager:
+            drawn, logprob, mean, std = _Eager.apply(options, *inputs)
+        else:
+            drawn, logprob, mean, std = torch.ops.rlir.flow_sde_step.default(*inputs, **options)
     except RuntimeError as error:
         if str(error).startswith("flow_sde_step: "):  # what only a look at the values can tell
             raise InputError(str(error).splitlines()[0]) from None
@@ -360,3 +356,18 @@ if _library.PATH is not None:
         return (dvelocity.to(ctx.dtype), *(None,) * 7)  # type: ignore[attr-defined]
 
     torch.library.register_autograd("rlir::flow_sde_step", _backward, setup_context=_setup_context)
+
+    class _Eager(torch.autograd.Function):
+        """The same without the glue of register_autograd, whose time is quadratic in arguments."""
+
+        @staticmethod
+        def forward(ctx: Any, options: dict[str, Any], *inputs: Tensor) -> tuple[Tensor, ...]:
+            with torch._C._AutoDispatchBelowAutograd():  # as register_autograd's own forward does
+                output = torch.ops.rlir.flow_sde_step.default(*inputs, **options)
+            _setup_context(ctx, inputs, options, output)
+            ctx.mark_non_differentiable(output[0], output[3])
+            return tuple(output)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            return (None, *_backward(ctx, *grads))

@@ -162,11 +162,85 @@ void advantages_of(const GroupAdvantage& a, double* x, int64_t n) {
   }
 }
 
+inline Lanes convert(const double* x) { return lanes_at(x); }
+inline Lanes convert(const float* x) {
+  typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
+  Floats v;
+  __builtin_memcpy(&v, x, sizeof v);
+  return __builtin_convertvector(v, Lanes);
+}
+template <typename T>
+inline Lanes convert(const T* x) {
+  double wide[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) wide[i] = load(x + i);
+  return lanes_at(wide);
+}
+
+inline void store_lanes(double* out, const Lanes& x) { __builtin_memcpy(out, &x, sizeof x); }
+inline void store_lanes(float* out, const Lanes& x) {
+  typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
+  const Floats v = __builtin_convertvector(x, Floats);
+  __builtin_memcpy(out, &v, sizeof v);
+}
+template <typename T>
+inline void store_lanes(T* out, const Lanes& x) {
+  for (int64_t i = 0; i < kLanes; ++i) store(out + i, x[i]);
+}
+
+// A group of 16 or 32 rows that lie side by side, in registers; the same bits as the general way.
+// Returns false, having done nothing, where a reward is not finite, the sum overflows, or it is 0
+// (then signs of zeros would need a look). Sums of 16 or 32 equal rewards are exact, so that their
+// deviations are 0.
+template <int kVectors, typename T>
+inline bool run_whole(const GroupAdvantage& a, const T* rewards, T* advantages) {
+  constexpr double kCount = kVectors * static_cast<double>(kLanes);
+  static_assert(kVectors == 1 || kVectors == 2);
+  Lanes x[kVectors], total = {};
+  const auto sum_up = [&] {
+    total = x[0];
+    if constexpr (kVectors == 2) total += x[1];
+    return fold(total);
+  };
+  for (int v = 0; v < kVectors; ++v) x[v] = convert(rewards + v * kLanes);
+  const double all = sum_up();
+  if (all == 0.0 || all - all != 0.0) return false;
+  for (Lanes& v : x) v -= all / kCount;
+  const double error = sum_up() / kCount;
+  for (Lanes& v : x) v -= error;
+  double deviation = a.batch_deviation;
+  if (a.scale == AdvantageScale::kGroup) {
+    total = x[0] * x[0];
+    if constexpr (kVectors == 2) total += x[1] * x[1];
+    deviation = __builtin_sqrt(fold(total) / (a.unbiased ? kCount - 1.0 : kCount));
+  }
+  const double divisor = a.scale == AdvantageScale::kNone ? 1.0 : deviation + a.eps;
+  if (a.leave_one_out) {
+    for (Lanes& v : x) v *= kCount / (kCount - 1.0);
+  }
+  const Lanes zero = {}, low = zero - a.clip, high = zero + a.clip;
+  for (int v = 0; v < kVectors; ++v) {
+    Lanes y = divisor > 0.0 ? x[v] / divisor : zero;
+    y = y < low ? low : y;
+    store_lanes(advantages + v * kLanes, y > high ? high : y);
+  }
+  return true;
+}
+
+template <typename T>
+inline bool run_whole(const GroupAdvantage& a, int64_t group, T* advantages) {
+  if (a.mask != nullptr || a.offsets != nullptr || a.reward_stride != 1) return false;
+  const T* from = static_cast<const T*>(a.rewards) + group * a.reward_group_stride;
+  T* to = advantages + group * a.group_size;
+  if (a.group_size == kLanes) return run_whole<1>(a, from, to);
+  return a.group_size == 2 * kLanes && run_whole<2>(a, from, to);
+}
+
 template <typename T>
 void run(const GroupAdvantage& a, int64_t begin, int64_t end, double* values, int64_t* rows) {
   T* advantages = static_cast<T*>(a.advantages);
   const auto zero = [advantages](int64_t row) { store(advantages + row, 0.0); };
   for (int64_t group = begin; group < end; ++group) {
+    if (run_whole(a, group, advantages)) continue;
     const int64_t first = gather_whole<T>(a, group, values);
     const int64_t n = first >= 0 ? rows_of(a, group) : gather<T>(a, group, values, rows, zero);
     // Rounding would turn equal rewards into noise and eps = 0 would blow it up: exact zeros.

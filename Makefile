@@ -14,6 +14,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := CMakeLists.txt $(shell find csrc -type f)
+# A file a process, a thread each: tests of threads say how many they want.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
 .PHONY: help demo test test-full bench lint pretrain report clean
@@ -31,10 +33,10 @@ report: $(READY) ## post-train with live controls and write the report
 	$(BIN)/rlir post-train doom-tiny --out runs/report --control live
 
 test: $(READY) ## run all tests
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-full: $(READY) ## run everything, however long it takes: ten times the examples, sanitizers
-	RLIR_FULL_TESTS=1 $(BIN)/python -m pytest
+	RLIR_FULL_TESTS=1 $(PYTEST)
 	$(BIN)/python tools/sanitize.py
 
 bench: $(VENV)/.peers ## run all benchmarks; results go to benchmarks/results/

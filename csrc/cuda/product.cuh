@@ -1,8 +1,8 @@
 // A tile of a matrix product, out[m][n] = sum over k of A[m][k] B[n][k] in float32, by a block of
 // 256 threads. The two routes have one interface:
 //
-//   run     computes kRows x 256 outputs into registers; starts from sums in memory where asked to
-//   put     writes 64 of the rows to shared memory, where the kernel's own work on them begins
+//   run     computes kRows x 256 outputs; starts from sums in memory where asked to
+//   put     brings 64 of the rows to shared memory, where the kernel's own work on them begins
 //
 // MmaProduct, for bfloat16: 8 warps of 64 x 64 outputs, mma.sync m16n8k16 on operands that cp.async
 // brings through four stages of 32 k and ldmatrix reads without bank conflicts: within its row, a

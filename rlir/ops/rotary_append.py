@@ -48,7 +48,7 @@ def rotary_append_(
         InputError: (a ValueError) inputs that do not fit together, in one line, before anything is
             written.
     """
-    q, k, v, cache_k, cache_v = (x.detach() for x in (q, k, v, cache_k, cache_v))
+    q, k, v, cache_k, cache_v = map(_constant, (q, k, v, cache_k, cache_v))
     _check(q, k, v, cos, sin, cache_k, cache_v, positions)
     if q.dtype not in _DTYPES or q.device.type != "cpu" or _library.FORCE_REFERENCE:
         return _reference(q, k, v, cos, sin, cache_k, cache_v, positions, interleaved)
@@ -75,9 +75,13 @@ def rotary_append_reference(
     interleaved: bool = False,
 ) -> Tensor:
     """``rotary_append_`` in plain PyTorch, on any device, in float64 if q is."""
-    q, k, v, cache_k, cache_v = (x.detach() for x in (q, k, v, cache_k, cache_v))
+    q, k, v, cache_k, cache_v = map(_constant, (q, k, v, cache_k, cache_v))
     _check(q, k, v, cos, sin, cache_k, cache_v, positions)
     return _reference(q, k, v, cos, sin, cache_k, cache_v, positions, interleaved)
+
+
+def _constant(x: Tensor) -> Tensor:
+    return x.detach() if x.requires_grad else x
 
 
 def _reference(

@@ -14,6 +14,8 @@ from rlir.ops.group_decode_attention import (
 from rlir.ops.inverse_reward import inverse_reward, inverse_reward_reference
 from rlir.ops.policy_loss import PolicyLossStatistics, policy_loss, policy_loss_reference
 from rlir.ops.rms_norm import rms_norm, rms_norm_reference
+from rlir.ops.rotary import rotary, rotary_reference
+from rlir.ops.rotary_append import rotary_append_, rotary_append_reference
 from rlir.ops.sample_tokens import sample_tokens, sample_tokens_reference
 from rlir.ops.selected_logprob import (
     head_logits,
@@ -53,6 +55,10 @@ __all__ = [
     "policy_loss_reference",
     "rms_norm",
     "rms_norm_reference",
+    "rotary",
+    "rotary_append_",
+    "rotary_append_reference",
+    "rotary_reference",
     "sample_tokens",
     "sample_tokens_reference",
     "selected_logprob",

@@ -81,7 +81,7 @@ def test_a_cuda_op_has_its_name_in_every_layer(op: str, layer: str) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_an_op_and_its_reference_are_public(op: str) -> None:
     public = (ROOT / "rlir" / "ops" / "__init__.py").read_text()
-    assert f'"{op}"' in public
+    assert f'"{op}"' in public or f'"{op}_"' in public, "a name that ends in _ writes in place"
     assert f'"{op}_reference"' in public
     assert op in (ROOT / "CMakeLists.txt").read_text()
 

@@ -3,9 +3,11 @@
 from rlir.ops._action_heads import Actions
 from rlir.ops._support import pack_support, unpack_support
 from rlir.ops.decode_actions import decode_actions, decode_actions_reference
+from rlir.ops.embedding import embedding, embedding_reference
 from rlir.ops.flow_sde_step import FlowStep, flow_sde_step, flow_sde_step_reference
 from rlir.ops.group_advantage import group_advantage, group_advantage_reference
 from rlir.ops.inverse_reward import inverse_reward, inverse_reward_reference
+from rlir.ops.linear import linear, linear_reference
 from rlir.ops.policy_loss import PolicyLossStatistics, policy_loss, policy_loss_reference
 from rlir.ops.rms_norm import rms_norm, rms_norm_reference
 from rlir.ops.sample_tokens import sample_tokens, sample_tokens_reference
@@ -24,6 +26,8 @@ __all__ = [
     "PolicyLossStatistics",
     "decode_actions",
     "decode_actions_reference",
+    "embedding",
+    "embedding_reference",
     "flow_sde_step",
     "flow_sde_step_reference",
     "group_advantage",
@@ -32,6 +36,8 @@ __all__ = [
     "head_logits_reference",
     "inverse_reward",
     "inverse_reward_reference",
+    "linear",
+    "linear_reference",
     "outside_support",
     "pack_support",
     "policy_loss",

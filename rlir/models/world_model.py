@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rlir.actions.space import action_space
 from rlir.errors import InputError
-from rlir.models.stem import Stem
+from rlir.models.stem import engine_stem
 from rlir.ops import causal, embedding, linear, rms_norm, rotary, swiglu, video_attention
 
 
@@ -179,6 +179,35 @@ class Layer(nn.Module):
         return x + self.mlp(x)
 
 
+class Stem(nn.Module):
+    """What the previous frame and the action say of each visual token: [N, S] -> [N, S, D]."""
+
+    def __init__(self, config: WorldModelConfig):
+        super().__init__()
+        c = config.stem_channels
+        self.grid = (config.rows, config.columns)
+        space = action_space(config.space)
+        self.embed = nn.Embedding(config.codes, 64)
+        self.action = nn.Embedding(space.vocabulary, 2 * c * (config.stem_blocks + 1))
+        self.input = nn.Conv2d(64, c, (3, 9), padding=(1, 4))
+        self.blocks = nn.ModuleList(
+            nn.Conv2d(c, c, (3, 5), padding=(1, 2)) for _ in range(config.stem_blocks)
+        )
+        self.output = nn.Linear(c, config.hidden)
+
+    def forward(self, previous: Tensor, action: Tensor) -> Tensor:
+        """previous: codes [N, S]; action: token block [N, A] counted from 0."""
+        x = self.input(self.embed(previous).transpose(1, 2).unflatten(2, self.grid))
+        film = self.action(action).sum(1)[:, :, None, None].chunk(len(self.blocks) + 1, 1)
+        scale, shift = film[0].chunk(2, 1)
+        x = F.gelu(x * (1 + scale) + shift)
+        for convolution, modulation in zip(self.blocks, film[1:], strict=True):
+            scale, shift = modulation.chunk(2, 1)
+            x = x + F.gelu(convolution(x) * (1 + scale) + shift)
+        out: Tensor = self.output(x.flatten(2).transpose(1, 2))
+        return out
+
+
 class WorldModel(nn.Module):
     """p(visual tokens | earlier tokens, actions)."""
 
@@ -192,14 +221,7 @@ class WorldModel(nn.Module):
         vocabulary = config.codes + space.vocabulary
         self.embed_tokens = nn.Embedding(vocabulary, config.hidden)
         self.embed_slots = nn.Embedding(config.block, config.hidden)
-        self.stem = Stem(
-            config.codes,
-            (config.rows, config.columns),
-            space.vocabulary,
-            config.stem_channels,
-            config.stem_blocks,
-            config.hidden,
-        )
+        self.stem = Stem(config)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.norm_eps)
         self.lm_head = Projection(config.hidden, config.codes)
@@ -267,7 +289,8 @@ class WorldModel(nn.Module):
         a, block = self.action_tokens, self.config.block
         ids = self.stream(codes, actions)[:, :-1]
         x = self.embed(ids, 0)
-        stem = self.stem(codes[:, :-1].flatten(0, 1), actions.flatten(0, 1))
+        dtype = operand_dtype(self.embed_tokens.weight)
+        stem = engine_stem(self.stem, codes[:, :-1].flatten(0, 1), actions.flatten(0, 1), dtype)
         # The hidden state at the last action token predicts slot 0, that at slot i slot i + 1.
         padded = F.pad(stem.unflatten(0, (b, length - 1)), (0, 0, a - 1, 1))
         x = x + F.pad(padded.flatten(1, 2), (0, 0, s, 0))[:, : ids.shape[1]]

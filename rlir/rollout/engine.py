@@ -8,14 +8,16 @@ Legend: P prompts, G group size, B = P G rollouts, L frames with the prompt, S v
 A action tokens, D hidden size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rlir import _library
 from rlir.errors import InputError
-from rlir.models.stem import pack, padded
+from rlir.models.stem import packed_stem
 from rlir.models.world_model import WorldModel
 from rlir.rollout import loop
 from rlir.rollout.loop import (
@@ -41,18 +43,28 @@ class _Packed:
     sizes: list[int]
 
 
+def _padded(x: Tensor) -> Tensor:
+    """float32, the last dimension padded with zeros to whole groups of 16."""
+    return F.pad(x.float(), (0, -x.shape[-1] % 16)).contiguous()
+
+
+def _pack(matrices: Sequence[Tensor], rounds: bool) -> Tensor:
+    """Matrices of one shape in the panels of csrc/cpu/product.h."""
+    return torch.ops.rlir._decoder_pack.default(torch.stack(list(matrices)), rounds)
+
+
 def _pack_decoder(policy: WorldModel, rounds: bool) -> _Packed:
     config, layers = policy.config, policy.decoder_layers()
 
     def packed(*matrices: Tensor) -> Tensor:
-        return pack(matrices, rounds)
+        return _pack(matrices, rounds)
 
     norms = [(x.input_layernorm.weight, x.post_attention_layernorm.weight) for x in layers]
     weights = [
-        padded(policy.embed_tokens.weight),
-        padded(policy.embed_slots.weight),
-        padded(torch.stack([torch.stack(pair) for pair in norms])),
-        padded(policy.norm.weight),
+        _padded(policy.embed_tokens.weight),
+        _padded(policy.embed_slots.weight),
+        _padded(torch.stack([torch.stack(pair) for pair in norms])),
+        _padded(policy.norm.weight),
         policy.rotary.float().contiguous(),
         packed(*(x.self_attn.qkv_proj.weight for x in layers)),
         packed(*(x.self_attn.o_proj.weight for x in layers)),
@@ -82,7 +94,7 @@ class RolloutEngine:
         with torch.inference_mode():
             if self.native:
                 self._packed = _pack_decoder(self.policy, dtype == torch.bfloat16)
-                self._stem = _Packed(*self.policy.stem.packed(dtype == torch.bfloat16))
+                self._stem = _Packed(*packed_stem(self.policy.stem, dtype))
 
     def rollout(
         self,
@@ -153,7 +165,7 @@ class RolloutEngine:
         blocks = policy.action_ids(actions).repeat_interleave(group_size, 0)
         given = (self._packed.weights, self._packed.sizes, config.norm_eps)
         shared = self._cache(p, s)
-        own = self._cache(b, s % 2 + (length - 1) * config.block)
+        own = self._cache(b, (length - 1) * config.block)
         with span("rollout.prefill", p * s):
             ops._decoder_prefill.default(*given, prompts.contiguous(), *shared)
         rows = row_numbers(b, row_ids)

@@ -78,6 +78,15 @@ def compiled(source: Path, *flags: str) -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
+def runtime(name: str) -> str | None:
+    """The compiler's library of that name."""
+    compiler = _compiler()
+    assert compiler is not None
+    command = [compiler, f"-print-file-name={name}"]
+    found = Path(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip())
+    return str(found.resolve()) if found.is_absolute() else None
+
+
 @functools.cache
 def emulator() -> ctypes.CDLL:
     library = compiled(ROOT / "csrc" / "emu" / "amx.cpp", *_AVX512)

@@ -1,6 +1,8 @@
 """The emulated tile instructions against a model in numpy; the product of tiles; planted faults."""
 
 import ctypes
+import os
+import signal
 import subprocess
 import sys
 
@@ -10,7 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from amxcheck.emulator import AMX, PLANTS, PROBES, ROOT, compiled, missing, planted, real, tiles
+from amxcheck.emulator import (
+    AMX,
+    PLANTS,
+    PROBES,
+    ROOT,
+    compiled,
+    missing,
+    planted,
+    real,
+    runtime,
+    tiles,
+)
 
 Words = NDArray[np.uint32]
 Floats = NDArray[np.float32]
@@ -162,21 +175,58 @@ def test_every_operand_is_decoded(rows: int, words: int) -> None:
     assert np.array_equal(to, expected)
 
 
-@emulated_only
-def test_what_the_processor_refuses_ends_the_process() -> None:
-    folders = [str(ROOT / "tests")]
-    for call in ("unconfigured()", "dot(bad, x, 64, x, 64, x, 64)"):
-        code = f"""
-import sys; sys.path[:0] = {folders}
+def run_apart(call: str, **changes: str) -> subprocess.CompletedProcess[str]:
+    """The probe called by another process, on zeros: x of 1024 bytes, short of 1000."""
+    code = f"""
+import sys; sys.path[:0] = [{str(ROOT / "tests")!r}]
 from amxcheck.test_amx import *
-bad = pointer(configuration((16, 16), (16, 4), (16, 16)))  # k of a and of b differ
-x = pointer(np.zeros(1024, np.uint8))
+whole, unlike = configuration(*[(16, 16)] * 3), configuration((16, 16), (16, 4), (16, 16))
+zeros, few = np.zeros(1024, np.uint8), np.zeros(1000, np.uint8)
+fits, bad, x, short = (pointer(a) for a in (whole, unlike, zeros, few))
+apart = ctypes.c_int64(64)
 with tiles():
     probe().{call}
 """
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert done.returncode == -4, done.stderr  # SIGILL
-        assert "amx: no instruction that the emulator" in done.stderr
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **changes},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@emulated_only
+@pytest.mark.parametrize("call", ["unconfigured()", "dot(bad, x, apart, x, apart, x, apart)"])
+def test_what_the_processor_refuses_ends_the_process(call: str) -> None:
+    """Of the second one the k of a and of b differ."""
+    done = run_apart(call)
+    assert done.returncode == -signal.SIGILL, done.stderr
+    assert "amx: no instruction that the emulator" in done.stderr
+
+
+@emulated_only
+@pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="already under something else")
+def test_the_sanitizer_sees_what_tiles_read_and_write() -> None:
+    names = ("libasan.so", "libstdc++.so")
+    ahead = [runtime(name) for name in names]
+    if None in ahead:
+        pytest.skip("the compiler has no AddressSanitizer")
+    asan = {
+        "LD_PRELOAD": " ".join(str(path) for path in ahead),
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
+    }
+    fine = run_apart("dot(fits, x, apart, x, apart, x, apart)", **asan)
+    assert fine.returncode == 0, fine.stderr
+    for call, what in (
+        ("dot(fits, x, apart, short, apart, x, apart)", "READ"),
+        ("dot(fits, x, apart, x, apart, short, apart)", "READ"),
+        ("store(fits, short, apart)", "WRITE"),
+    ):
+        done = run_apart(call, **asan)
+        assert done.returncode == -signal.SIGABRT
+        assert "heap-buffer-overflow" in done.stderr
+        assert f"{what} of size" in done.stderr
 
 
 # --- The product ---------------------------------------------------------------------------------
@@ -230,12 +280,13 @@ def test_the_product_is_groups_of_tdpbf16ps(
 
 
 def test_a_long_product_goes_on_in_c() -> None:
-    """More words than are worked on at a time (kDepth)."""
-    assert_product_is_the_model(probe(), 1, 17, 1050, 33, more=False)
+    """More words than are worked on at a time (kTileDepth)."""
+    assert_product_is_the_model(probe(), 1, 17, 300, 33, more=False)
 
 
 @pytest.mark.parametrize("fault", ["TILE_PADDING", "TILE_ROWS"])
 def test_a_fault_in_the_product_is_found(fault: str) -> None:
     assert_product_is_the_model(probe(), 0, 32, 20, 48, more=False)
+    faulty = probe(fault)
     with pytest.raises(AssertionError):
-        assert_product_is_the_model(probe(fault), 0, 32, 20, 48, more=False)
+        assert_product_is_the_model(faulty, 0, 32, 20, 48, more=False)

@@ -55,6 +55,15 @@ EXPORT void operands(const void* config, const char* from, char* to, char* kept)
       : "memory", "rax", "rdx", "rbx", "r8", "r9", "r12", "r13", "r14", "r15");
 }
 
+// Zeros [16][64 bytes] to `to`.
+EXPORT void store(const void* config, void* to, int64_t stride) {
+  __asm__ volatile("" : "+r"(config)::"memory");
+  _tile_loadconfig(config);
+  _tile_zero(0);
+  _tile_stored(0, to, stride);
+  _tile_release();
+}
+
 // What a processor refuses: tiles that nobody configured.
 EXPORT void unconfigured() { _tile_zero(0); }
 

@@ -18,7 +18,7 @@ struct Space {
 int64_t qkv_width(const Decoder& m) { return (m.heads + 2 * m.kv_heads) * m.head_dim; }
 
 Space space_of(const Decoder& m, int64_t rows, int64_t seen) {
-  const int64_t padded = round_up(rows, kRows), dim = round_up(m.head_dim, 16);
+  const int64_t padded = round_up(rows, kRowPad), dim = round_up(m.head_dim, 16);
   Space s;
   s.tile = 0;
   s.h = s.tile + 2 * padded * kPanel;
@@ -121,7 +121,7 @@ void mlp(const Decoder& m, const typename F::Word* h, int64_t count, const void*
          const void* up, float* c, typename F::Word* out) {
   const int64_t words = words_for<F>(m.hidden), stride = row_words<F>(m.mlp);
   const auto* g = static_cast<const typename F::Word*>(gate);
-  float* other = c + round_up(count, kRows) * kPanel;
+  float* other = c + round_up(count, kRowPad) * kPanel;
   product<F>(h, count, m.hidden, up, m.mlp, c,
              [&](int64_t first, int64_t lanes, const float* tile) {
                const auto* panel = g + first * words;
@@ -291,6 +291,7 @@ template <typename F>
 void layers(const Decoder& m, const DecoderCache& shared, const DecoderCache& own,
             const DecoderRow* rows, int64_t count, float* x, float* scratch) {
   using Word = typename F::Word;
+  const ProductScope<F> scope;
   const Space s = space_of(m, count, 0);
   float *c = scratch + s.tile, *qkv = scratch + s.qkv;
   Word *h = reinterpret_cast<Word*>(scratch + s.h), *a = reinterpret_cast<Word*>(scratch + s.a);
@@ -329,6 +330,7 @@ void layers(const Decoder& m, const DecoderCache& shared, const DecoderCache& ow
 
 template <typename F>
 void logits(const Decoder& m, const float* x, int64_t count, float* out, float* scratch) {
+  const ProductScope<F> scope;
   const Space s = space_of(m, count, 0);
   auto* h = reinterpret_cast<typename F::Word*>(scratch + s.h);
   norm_rows<F>(x, count, m.hidden, m.last, m.eps, h);

@@ -9,7 +9,8 @@
 namespace rlir::cpu::RLIR_ISA {
 namespace {
 
-constexpr int64_t kRowBlock = 12 * kRows;   // rows at a time where a panel outgrows the L2 cache
+constexpr int64_t kRowBlock = 12 * kRows;  // rows at a time where a panel outgrows the L2 cache
+static_assert(kRowBlock % kRowPad == 0);
 constexpr int64_t kL2Words = 128 * 1024;    // what of the L2 cache a panel may take
 constexpr int64_t kGroupWords = 96 * 1024;  // what panels that are packed together take
 
@@ -45,7 +46,7 @@ int64_t group_panels(const LinearProduct& p) {
 
 template <typename F>
 LinearSizes sizes_of(const LinearProduct& p) {
-  const int64_t sums = (kRowBlock + kRows) * kPanel;
+  const int64_t sums = (kRowBlock + kRowPad) * kPanel;
   return {in_place<F>(p) ? 0 : 4 * packed_row_words<F>(p.depth), Panels(p.outputs).count,
           4 * (sums + at_most(group_panels<F>(p), Panels(p.outputs).count) * panel_words<F>(p))};
 }
@@ -90,13 +91,14 @@ template <typename F>
 void tiles(const LinearProduct& p, int64_t row_begin, int64_t row_end, int64_t panel_begin,
            int64_t panel_end, float* sums) {
   using Word = typename F::Word;
-  Word* packed = reinterpret_cast<Word*>(sums + (kRowBlock + kRows) * kPanel);
+  const ProductScope<F> scope;
+  Word* packed = reinterpret_cast<Word*>(sums + (kRowBlock + kRowPad) * kPanel);
   const Panels panels(p.outputs);
   const bool copied = !in_place<F>(p);
   const Word* rows = static_cast<const Word*>(copied ? p.packed : p.rows.data);
   const int64_t stride = copied ? packed_row_words<F>(p.depth) : p.rows.major_stride / F::kPerWord;
   const int64_t words = words_for<F>(p.depth), size = panel_words<F>(p);
-  const int64_t group = group_panels<F>(p), step = size > kL2Words ? kRowBlock : kRows;
+  const int64_t group = group_panels<F>(p), step = size > kL2Words ? kRowBlock : kRowPad;
   for (int64_t from = panel_begin; from < panel_end; from += group) {
     const int64_t to = at_most(from + group, panel_end);
     for (int64_t i = from; i < to; ++i) {

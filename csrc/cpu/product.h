@@ -70,8 +70,20 @@ struct PairFormat {
 };
 #endif
 
-// What a thread has to have while it calls panel_product: nothing, but for tiles.
+// Whether a product goes through cpu/tiles.h.
+#if defined(__AMX_BF16__)
 template <typename Format>
+constexpr bool kTiled = Format::kPerWord == 2;
+inline void tile_product(float* c, const uint32_t* first, int64_t stride, int64_t count,
+                         const uint32_t* panel, int64_t words, int lanes, bool more,
+                         const void* next);
+#else
+template <typename Format>
+constexpr bool kTiled = false;
+#endif
+
+// What a thread has to have while it calls panel_product: nothing, but for tiles.
+template <typename Format, bool = kTiled<Format>>
 struct ProductScope {
   ProductScope() {}  // so that an unused one is no warning
 };
@@ -148,23 +160,27 @@ template <typename Format>
 inline void panel_product(float* c, const typename Format::Word* first, int64_t stride,
                           int64_t count, const typename Format::Word* panel, int64_t words,
                           int lanes, bool more, const void* next = nullptr) {
-  constexpr int64_t kLine = 64, kStep = kPanel * sizeof(typename Format::Word) / kLine;
-  // So that the next panel is asked for by the time all tiles are done.
-  const int64_t tiles = (count + kRows - 1) / kRows;
-  Ahead ahead = {static_cast<const char*>(next),
-                 next == nullptr || tiles == 0 ? 0 : (kStep + tiles - 1) / tiles};
-  if (words == 0 && !more) {
-    __builtin_memset(c, 0, sizeof(float) * kPanel * round_up(count, kRows));
-  }
-  for (int64_t k = 0; k < words; k += kDepth) {
-    const int64_t depth = at_most(kDepth, words - k);
-    for (int64_t j = 0; j < count; j += kRows) {
-      const typename Format::Word* rows[kRows];
-      for (int i = 0; i < kRows; ++i) {  // past the end: the last row again, into unused space
-        rows[i] = first + at_most(j + i, count - 1) * stride + k;
+  if constexpr (kTiled<Format>) {
+    return tile_product(c, first, stride, count, panel, words, lanes, more, next);
+  } else {
+    constexpr int64_t kLine = 64, kStep = kPanel * sizeof(typename Format::Word) / kLine;
+    // So that the next panel is asked for by the time all tiles are done.
+    const int64_t tiles = (count + kRows - 1) / kRows;
+    Ahead ahead = {static_cast<const char*>(next),
+                   next == nullptr || tiles == 0 ? 0 : (kStep + tiles - 1) / tiles};
+    if (words == 0 && !more) {
+      __builtin_memset(c, 0, sizeof(float) * kPanel * round_up(count, kRows));
+    }
+    for (int64_t k = 0; k < words; k += kDepth) {
+      const int64_t depth = at_most(kDepth, words - k);
+      for (int64_t j = 0; j < count; j += kRows) {
+        const typename Format::Word* rows[kRows];
+        for (int i = 0; i < kRows; ++i) {  // past the end: the last row again, into unused space
+          rows[i] = first + at_most(j + i, count - 1) * stride + k;
+        }
+        tile<Format>(lanes, c + j * kPanel, rows, panel + k * kPanel, depth, more || k > 0, ahead);
+        ahead.from += ahead.lines * depth * kLine;
       }
-      tile<Format>(lanes, c + j * kPanel, rows, panel + k * kPanel, depth, more || k > 0, ahead);
-      ahead.from += ahead.lines * depth * kLine;
     }
   }
 }

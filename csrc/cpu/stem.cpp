@@ -25,7 +25,7 @@ Space space_of(const Stem& m) {
   s.x = s.later + image_words(m, m.block_width, m.channels);
   s.film = s.x + m.rows * m.columns * padded(m.channels);
   s.tile = s.film + (m.blocks + 1) * 2 * padded(m.channels);
-  s.row = s.tile + m.rows * round_up(m.columns, kRows) * kPanel + kRows * kPanel;
+  s.row = s.tile + m.rows * round_up(m.columns, kRowPad) * kPanel + kRowPad * kPanel;
   s.total = s.row + m.rows * m.columns * padded(m.channels);
   return s;
 }
@@ -46,7 +46,7 @@ void convolve(const Stem& m, const typename F::Word* image, int64_t width, int64
               const typename F::Word* weight, float* c, const Done& done) {
   const int64_t depth = width * padded(channels), words = words_for<F>(depth);
   const int64_t pixel = row_words<F>(channels), line = (m.columns + width - 1) * pixel;
-  const int64_t each = round_up(m.columns, kRows) * kPanel;
+  const int64_t each = round_up(m.columns, kRowPad) * kPanel;
   const int64_t row_of_kernel = round_up(m.channels, kPanel) * words;
   for (int64_t first = 0; first < m.channels; first += kPanel) {
     const int64_t lanes = at_most(padded(m.channels - first), kPanel);
@@ -69,6 +69,7 @@ template <typename F>
 void rollout(const Stem& m, const int64_t* previous, const int64_t* tokens, float* out,
              float* saved, float* space) {
   using Word = typename F::Word;
+  const ProductScope<F> scope;
   const Space s = space_of(m);
   const int64_t channels = padded(m.channels), count = m.rows * m.columns;
   float *film = space + s.film, *x = space + s.x, *c = space + s.tile;

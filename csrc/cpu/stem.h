@@ -50,6 +50,7 @@ RLIR_STEM_BUILD(baseline)
 RLIR_STEM_BUILD(avx2)
 RLIR_STEM_BUILD(avx512)
 RLIR_STEM_BUILD(avx512_bf16)
+RLIR_STEM_BUILD(amx)
 #undef RLIR_STEM_BUILD
 
 }  // namespace rlir::cpu

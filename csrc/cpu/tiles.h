@@ -24,7 +24,8 @@
 namespace rlir::cpu {
 namespace {  // nothing here may be shared between instruction sets
 
-constexpr int kTile = 16;  // rows of a tile, and words of a row
+constexpr int kTile = 16;      // rows of a tile, and words of a row
+constexpr int64_t kLine = 64;  // of a cache, in bytes
 // Words a block: a panel's part, 24 KiB, stays in the first level cache while rows go by, which the
 // second level alone could hardly feed: six tdpbf16ps are 96 cycles and want 5 KiB.
 constexpr int64_t kTileDepth = 128;
@@ -46,8 +47,8 @@ inline void memory_is_written() { __asm__ volatile("" ::: "memory"); }
 // A thread may run a part of any parallel_for, so that kernels configure the tiles as they are
 // called and release them as they return: registers in use are 8 KiB that the system saves and
 // restores at each context switch, and may keep the core from its deepest sleep.
-template <>
-struct ProductScope<PairFormat> {
+template <typename Format>
+struct ProductScope<Format, true> {
   ProductScope() {
     const void* config = &kWholeTiles;
     __asm__ volatile("" : "+r"(config)::"memory");  // only 8 of 64 bytes are an operand in gcc
@@ -86,7 +87,7 @@ struct TileCopies {
 template <int kUsed, bool kTwo>
 __attribute__((noinline)) void tile_rows(float* c, const uint32_t* rows, int64_t stride,
                                          int64_t count, const uint32_t* panel, int64_t words,
-                                         bool more) {
+                                         bool more, Ahead ahead) {
   constexpr int64_t kWordBytes = sizeof(uint32_t), kPanelBytes = kPanel * sizeof(float);
   float* below = c + kTile * kPanel;
   if (more) {
@@ -123,6 +124,10 @@ __attribute__((noinline)) void tile_rows(float* c, const uint32_t* rows, int64_t
       if (here == kTile) return {data, kPanelBytes};
       return padded(copies.b[lane / kTile], data, kPanel, here, kTile);
     };
+    for (int64_t i = 0; i < ahead.lines; ++i) {
+      __builtin_prefetch(ahead.from, 0, 2);
+      ahead.from += kLine;
+    }
     const TileSource b0 = source_b(0), b1 = kUsed > 1 ? source_b(kTile) : b0,
                      b2 = kUsed > 2 ? source_b(2 * kTile) : b0, a0 = source_a(0);
     _tile_loadd(6, a0.data, a0.stride);
@@ -166,17 +171,22 @@ __attribute__((noinline)) void tile_rows(float* c, const uint32_t* rows, int64_t
 
 template <bool kTwo>
 inline void tile_rows(int lanes, float* c, const uint32_t* rows, int64_t stride, int64_t count,
-                      const uint32_t* panel, int64_t words, bool more) {
-  if (lanes > 2 * kTile) return tile_rows<3, kTwo>(c, rows, stride, count, panel, words, more);
-  if (lanes > kTile) return tile_rows<2, kTwo>(c, rows, stride, count, panel, words, more);
-  return tile_rows<1, kTwo>(c, rows, stride, count, panel, words, more);
+                      const uint32_t* panel, int64_t words, bool more, Ahead ahead) {
+  if (lanes > 2 * kTile) {
+    return tile_rows<3, kTwo>(c, rows, stride, count, panel, words, more, ahead);
+  }
+  if (lanes > kTile) return tile_rows<2, kTwo>(c, rows, stride, count, panel, words, more, ahead);
+  return tile_rows<1, kTwo>(c, rows, stride, count, panel, words, more, ahead);
 }
 
-// `next` is left to the hardware: a tile's loads are 16 lines apart in time already.
-template <>
-inline void panel_product<PairFormat>(float* c, const uint32_t* first, int64_t stride,
-                                      int64_t count, const uint32_t* panel, int64_t words,
-                                      int lanes, bool more, const void*) {
+inline void tile_product(float* c, const uint32_t* first, int64_t stride, int64_t count,
+                         const uint32_t* panel, int64_t words, int lanes, bool more,
+                         const void* next) {
+  constexpr int64_t kLines = kTile * kPanel * sizeof(uint32_t) / kLine;  // of a panel, 16 words
+  // So that the next panel is asked for by the time all rows are done.
+  const int64_t turns = (count + 2 * kTile - 1) / (2 * kTile);
+  Ahead ahead = {static_cast<const char*>(next),
+                 next == nullptr || turns == 0 ? 0 : (kLines + turns - 1) / turns};
   if (words == 0 && !more) {
     __builtin_memset(c, 0, sizeof(float) * kPanel * round_up(count, kTile));
   }
@@ -188,9 +198,10 @@ inline void panel_product<PairFormat>(float* c, const uint32_t* first, int64_t s
       const uint32_t* rows = first + j * stride + k;
       const bool adds = more || k > 0;
       left > kTile ? tile_rows<true>(lanes, c + j * kPanel, rows, stride, left, panel + k * kPanel,
-                                     depth, adds)
+                                     depth, adds, ahead)
                    : tile_rows<false>(lanes, c + j * kPanel, rows, stride, left, panel + k * kPanel,
-                                      depth, adds);
+                                      depth, adds, ahead);
+      ahead.from += ahead.lines * ((depth + kTile - 1) / kTile) * kLine;
     }
   }
 }

@@ -31,7 +31,7 @@ struct Policy {
 
   int64_t action() const { return block - image; }
   cpu::DecoderSizes sizes(int64_t rows, int64_t capacity, int64_t seen) const {
-    return RLIR_CPU_KERNEL_BF16(decoder_sizes)(decoder, rows, capacity, seen);
+    return RLIR_CPU_KERNEL_AMX(decoder_sizes)(decoder, rows, capacity, seen);
   }
 };
 
@@ -120,7 +120,7 @@ Tensor decoder_pack_cpu(const Tensor& weight, bool bfloat16) {
   Tensor packed =
       torch::stable::new_empty(weight, {n, panels, words, format.panel}, format.dtype());
   const int64_t size = bfloat16 ? 2 : 4;
-  const auto pack = RLIR_CPU_KERNEL_BF16(decoder_pack);
+  const auto pack = RLIR_CPU_KERNEL_AMX(decoder_pack);
   for (int64_t i = 0; i < n; ++i) {
     const Matrix one{
         static_cast<const char*>(weight.const_data_ptr()) + i * weight.stride(0) * size,
@@ -148,7 +148,7 @@ void decoder_prefill_cpu(const std::vector<Tensor>& weights, const std::vector<i
   const cpu::DecoderCache cache = cache_of("the prompts' cache", p, k, v, n, s);
   const cpu::DecoderCache none{nullptr, nullptr, 0, 0};
   const cpu::DecoderSizes space = p.sizes(s, 1, s + 16);
-  const auto layers = RLIR_CPU_KERNEL_BF16(decoder_layers);
+  const auto layers = RLIR_CPU_KERNEL_AMX(decoder_layers);
   torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
     const Scratch x(s * p.stride * 4), scratch(space.scratch * 4);
     std::vector<cpu::DecoderRow> rows(s);
@@ -186,7 +186,7 @@ int64_t frame_chunk(const Frame& f, int64_t first, int64_t n) {
   // An odd last position of the prompt is each rollout's own (cpu/decoder.h).
   const int64_t shared = s / 2 * 2;
   for (int64_t i = 0; shared < s && f.frame == 1 && i < n; ++i) {
-    RLIR_CPU_KERNEL_BF16(decoder_copy)
+    RLIR_CPU_KERNEL_AMX(decoder_copy)
     (p.decoder, f.shared, (first + i) / f.group_size, shared, f.own, first + i, 0);
   }
   std::vector<int64_t> token(n);
@@ -210,10 +210,10 @@ int64_t frame_chunk(const Frame& f, int64_t first, int64_t n) {
       embed(p, id, j < 0 ? p.block - 1 : j, stem, x + i * p.stride);
       rows[i] = {position, row / f.group_size, shared, row, position - shared + 1};
     }
-    RLIR_CPU_KERNEL_BF16(decoder_layers)
+    RLIR_CPU_KERNEL_AMX(decoder_layers)
     (p.decoder, f.shared, f.own, rows.data(), n, x, scratch.get());
     if (image < 0) continue;
-    RLIR_CPU_KERNEL_BF16(decoder_logits)
+    RLIR_CPU_KERNEL_AMX(decoder_logits)
     (p.decoder, x, n, logits_space.get<float>(), scratch.get());
     sampling.offset = static_cast<uint32_t>(position + 1);
     const int64_t bad = RLIR_CPU_KERNEL(sample_tokens)(sampling, 0, n, sampling_scratch.get());

@@ -50,7 +50,7 @@ struct PackedFormat {
     cpu::Decoder any{};
     any.bfloat16 = rounds;
     any.head_dim = 2;
-    const cpu::DecoderSizes sizes = RLIR_CPU_KERNEL_BF16(decoder_sizes)(any, 1, 1, 1);
+    const cpu::DecoderSizes sizes = RLIR_CPU_KERNEL_AMX(decoder_sizes)(any, 1, 1, 1);
     panel = sizes.panel;
     values_per_word = sizes.values_per_word;
   }

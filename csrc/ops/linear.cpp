@@ -33,12 +33,12 @@ Matrix across(const Tensor& x) {
 
 void run(cpu::LinearProduct p) {
   if (p.count == 0 || p.outputs == 0) return;
-  const cpu::LinearSizes sizes = RLIR_CPU_KERNEL_BF16(linear_sizes)(p);
+  const cpu::LinearSizes sizes = RLIR_CPU_KERNEL_AMX(linear_sizes)(p);
   const int64_t groups = (p.count + kGroup - 1) / kGroup;
   const Scratch packed(groups * kGroup * sizes.row);
   p.packed = packed.get();
   if (sizes.row > 0) {
-    const auto pack = RLIR_CPU_KERNEL_BF16(linear_pack);
+    const auto pack = RLIR_CPU_KERNEL_AMX(linear_pack);
     torch::stable::parallel_for(0, groups,
                                 std::max<int64_t>(1, 1024 / std::max<int64_t>(1, p.depth)),
                                 [&](int64_t begin, int64_t end) {
@@ -50,7 +50,7 @@ void run(cpu::LinearProduct p) {
   const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t rows = std::clamp<int64_t>(p.count / kTaskRows, 1, threads);
   const int64_t panels = std::clamp<int64_t>(threads / rows, 1, sizes.panels);
-  const auto tiles = RLIR_CPU_KERNEL_BF16(linear_tiles);
+  const auto tiles = RLIR_CPU_KERNEL_AMX(linear_tiles);
   torch::stable::parallel_for(0, rows * panels, 1, [&](int64_t begin, int64_t end) {
     const Scratch scratch(sizes.scratch);
     for (int64_t i = begin; i < end; ++i) {
@@ -118,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(const Tensor& grad, const
   if (need_bias) {
     float* out = db.mutable_data_ptr<float>();
     const int64_t tasks = (o + cpu::kLinearColumns - 1) / cpu::kLinearColumns;
-    const auto kernel = RLIR_CPU_KERNEL_BF16(linear_bias);
+    const auto kernel = RLIR_CPU_KERNEL_AMX(linear_bias);
     torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
       kernel(across(dy), n, o, out, begin * cpu::kLinearColumns,
              std::min(end * cpu::kLinearColumns, o));

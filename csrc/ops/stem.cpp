@@ -58,8 +58,8 @@ void run(const std::vector<Tensor>& w, const std::vector<int64_t>& n, const Tens
   const int64_t kept = (m.blocks + 1) * 2 * count * channels;
   if (saved != nullptr) floats("saved", *saved, b * kept);
   float* keep = saved == nullptr ? nullptr : saved->mutable_data_ptr<float>();
-  const auto rollout = RLIR_CPU_KERNEL_BF16(stem_rollout);
-  const int64_t bytes = RLIR_CPU_KERNEL_BF16(stem_scratch)(m);
+  const auto rollout = RLIR_CPU_KERNEL_AMX(stem_rollout);
+  const int64_t bytes = RLIR_CPU_KERNEL_AMX(stem_scratch)(m);
   torch::stable::parallel_for(0, b, 1, [&](int64_t begin, int64_t end) {
     const Scratch scratch(bytes);
     for (int64_t i = begin; i < end; ++i) {

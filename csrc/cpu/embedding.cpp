@@ -30,12 +30,15 @@ void embedding(const Embedding& a, int64_t begin, int64_t end) {
 }
 
 void embedding_backward(const EmbeddingBackward& a, int64_t begin, int64_t end, float* sum) {
+  const int64_t bytes = a.dtype == Dtype::kFloat32 ? 4 : 2;
   for (int64_t v = begin; v < end; ++v) {
     for (int64_t i = 0; i < a.size; ++i) sum[i] = 0.0f;
     for (int64_t j = a.starts[v]; j < a.starts[v + 1]; ++j) {
       const int64_t at = a.order[j] * a.dy_stride;
+      const int64_t next = a.order[j + 1 < a.starts[end] ? j + 1 : j] * a.dy_stride;
       int64_t i = 0;
       for (; i + kWidth <= a.size; i += kWidth) {
+        __builtin_prefetch(static_cast<const char*>(a.dy) + (next + i) * bytes);
         store_vector(sum + i, load_vector(sum + i) + load_values(a.dy, a.dtype, at + i));
       }
       for (; i < a.size; ++i) sum[i] += value_of(a.dy, a.dtype, at + i);

@@ -100,7 +100,7 @@ def test_greedy_is_the_argmax_of_a_teacher_forced_forward(
     chosen = exact.gather(-1, drawn.codes[:, 1:, :, None])[..., 0]
     # Where two codes are equally likely to rounding, either is the argmax.
     torch.testing.assert_close(chosen, exact.amax(-1), atol=2e-5, rtol=0)
-    torch.testing.assert_close(drawn.logprob, chosen, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(drawn.logprob.double(), chosen, atol=2e-5, rtol=1e-5)
 
 
 def test_greedy_members_of_a_group_are_equal_and_draw_nothing() -> None:
@@ -123,7 +123,7 @@ def test_members_of_a_group_share_prompt_and_actions_and_differ_in_what_was_draw
         rows = slice(4 * p, 4 * p + 4)
         own = teacher_forced(model, drawn.codes[rows], actions[p : p + 1].expand(4, -1, -1))
         chosen = own.gather(-1, drawn.codes[rows, 1:, :, None])[..., 0]
-        torch.testing.assert_close(drawn.logprob[rows], chosen, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(drawn.logprob[rows].double(), chosen, atol=2e-5, rtol=1e-5)
         assert len(drawn.codes[rows].flatten(1).unique(dim=0)) == 4
 
 

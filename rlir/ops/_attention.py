@@ -56,7 +56,9 @@ def scale_of(op: str, scale: float | None, head_size: int) -> float:
 
 def check_mask(op: str, mask: object) -> None:
     if not isinstance(mask, Mask):
-        raise InputError(f"{op}: mask must be causal(), frame_causal() or diagonal(), got {mask!r}")
+        raise InputError(
+            f"{op}: mask must be causal(), frame_causal() or diagonal(), got a {type(mask).__name__}"
+        )
 
 
 def check_heads(op: str, tensors: dict[str, Tensor]) -> None:

@@ -87,9 +87,9 @@ def test_anything(op: Backend, data: st.DataObject) -> None:
         options["scale"] = data.draw(st.sampled_from([0.0, 0.5, -0.2]))
     cases = [
         inputs(b, tq, tk, (hkv * ratio, hkv), d, dtype, seed=i, **options)
-        for i in range(60 // max(b * tq, 5))
+        for i in range(max(1, 100 // max(b * tq, 5)))
     ]
-    check_against_float64(op, *cases)
+    check_against_float64(op, *cases, few=True)
 
 
 def test_gradcheck() -> None:
@@ -180,7 +180,7 @@ def test_lengths(op: Backend, dtype: torch.dtype) -> None:
         "k_lengths": torch.tensor([150, 40, 70, 0, 11]),
     }
     x = inputs(5, 30, 150, dtype=dtype, **options)
-    check_against_float64(op, x)
+    check_against_float64(op, x, few=True)
     clean = outputs(op, x)
     for row, (q, k) in enumerate(zip(options["q_lengths"], options["k_lengths"], strict=True)):
         x.q[row, q:] = x.k[row, k:] = x.v[row, k:] = torch.nan
@@ -218,7 +218,7 @@ def test_a_query_that_sees_nothing(op: Backend, dtype: torch.dtype) -> None:
     assert dq[:, dead].eq(0).all()
     assert out[:, ~dead].ne(0).any(-1).all()
     assert op(x.q, x.k, x.v, **options, return_lse=True)[1][:, dead].isneginf().all()
-    check_against_float64(op, x)
+    check_against_float64(op, x, few=True)
 
 
 @backends
@@ -251,7 +251,7 @@ def test_extreme_scores(op: Backend, dtype: torch.dtype) -> None:
     out = op(x.q, x.k, x.v, mask=causal())
     assert out[0, :, 0].equal(x.v[0, 70, 0].expand(5, -1))
     x.k[0, 70] = -3
-    check_against_float64(op, x)
+    check_against_float64(op, x, few=True)
 
 
 @backends

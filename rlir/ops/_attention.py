@@ -49,8 +49,8 @@ def scale_of(op: str, scale: float | None, head_size: int) -> float:
     """1 / sqrt(D) if None."""
     if scale is None:
         return 1 / math.sqrt(head_size)
-    if not math.isfinite(scale):
-        raise InputError(f"{op}: scale must be finite or None, got {scale}")
+    if not 0 < scale < math.inf:
+        raise InputError(f"{op}: scale must be finite and > 0, or None, got {scale}")
     return float(scale)
 
 

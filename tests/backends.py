@@ -99,7 +99,7 @@ def all_backends(op: Callable[..., Any], reference: Callable[..., Any]) -> list[
     """Every backend of an op, whether or not it can run here."""
     found = [Backend("reference", reference)]
     found += [Backend(f"cpu-{isa}", op) for isa in instruction_sets()]
-    if op.__name__ in cuda_ops():
+    if op.__name__.rstrip("_") in cuda_ops():
         found += [Backend(name, op) for name in ("emu", "emu-checked", "cuda")]
     return found
 

@@ -1,4 +1,7 @@
-"""group_decode_attention: reference and kernels against torch on copied prefixes; bits."""
+"""group_decode_attention: reference and kernels against torch on copied prefixes; bits.
+
+A long file: a step's inputs, their edges, and four promises of bits.
+"""
 
 from dataclasses import dataclass, replace
 from typing import Any

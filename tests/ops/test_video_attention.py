@@ -1,4 +1,7 @@
-"""video_attention: reference and kernels against torch's attention with a mask tensor; bits."""
+"""video_attention: reference and kernels against torch's attention with a mask tensor; bits.
+
+A long file: forward and backward, masks, lengths, positions, layouts.
+"""
 
 import math
 from typing import Any

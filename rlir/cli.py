@@ -15,7 +15,8 @@ usage: rlir COMMAND ...
   evaluate CHECKPOINT             measure action following and video quality
   pretrain STAGE --out DIR        train the models that post-training starts from
   record doom --out DIR           play VizDoom and write clips
-  doctor                          what is installed, which backends work, and why others do not
+  doctor                          what is installed, which backends work, and why others do not;
+                                  --parity CHECKPOINT: do rollouts and training agree?
 
 presets: doom-tiny (the demo, minutes), doom (up to an hour), doom-smoke (seconds, for tests)
 

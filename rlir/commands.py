@@ -309,9 +309,17 @@ def run_evaluate(arguments: Sequence[str]) -> None:
     )
 
 
+@dataclass(frozen=True)
+class Doctor:
+    """What is installed, which backends work, and why others do not."""
+
+    parity: Path | None = None
+    """Instead: measure how far the trainer's log-probabilities of rollouts are from the engine's,
+    for this checkpoint (a folder with world-model/, or that folder itself, or `embedded`)."""
+
+
 def run_doctor(arguments: Sequence[str]) -> None:
     from rlir import doctor
 
-    if arguments:
-        raise InputError(f"doctor: takes no arguments, got {' '.join(arguments)}")
-    raise SystemExit(doctor.run())
+    command = parse(Doctor, arguments, "rlir doctor", Doctor())
+    raise SystemExit(doctor.run() if command.parity is None else doctor.run_parity(command.parity))

@@ -61,6 +61,28 @@ def run() -> int:
     return 1 if broken else 0
 
 
+def run_parity(checkpoint: Path) -> int:
+    """Print the mismatch between rollouts and training. Returns 0 if there is none, else 1."""
+    from rlir.models.load import EMBEDDED, load_world_model
+    from rlir.rollout.parity import measure
+
+    folder = EMBEDDED if str(checkpoint) == "embedded" else checkpoint
+    inner = folder / "world-model"
+    model = load_world_model(inner if inner.is_dir() else folder).requires_grad_(True)
+    exact = True
+    console.out("log-probabilities of rollouts: the trainer's (teacher-forced) beside the engine's")
+    for dtype in (torch.bfloat16, torch.float32):
+        found = measure(model, dtype)
+        exact = exact and found.exact
+        name = str(dtype).removeprefix("torch.")
+        console.out(
+            f"  {name:<9} {found.differ} of {found.tokens} tokens differ, by at most "
+            f"{found.largest:.3g} nats; ratio {found.ratio:.9g}, KL {found.kl:.3g}"
+        )
+    console.out("no mismatch" if exact else "mismatch")
+    return 0 if exact else 1
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

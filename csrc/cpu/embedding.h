@@ -31,9 +31,8 @@ struct EmbeddingBackward {
 
 // Rows [begin, end) of out.
 using EmbeddingRows = void(const Embedding&, int64_t begin, int64_t end);
-// Rows [begin, end) of dweight. `scratch` holds two rows of floats, padded to whole groups of 16.
-using EmbeddingGradient = void(const EmbeddingBackward&, int64_t begin, int64_t end,
-                               float* scratch);
+// Rows [begin, end) of dweight. `sum` holds a row of floats.
+using EmbeddingGradient = void(const EmbeddingBackward&, int64_t begin, int64_t end, float* sum);
 
 #define RLIR_EMBEDDING_BUILD(isa)       \
   namespace isa {                       \

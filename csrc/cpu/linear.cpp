@@ -9,10 +9,12 @@
 namespace rlir::cpu::RLIR_ISA {
 namespace {
 
-constexpr int64_t kRowBlock = 12 * kRows;  // rows at a time where a panel outgrows the L2 cache
+// Words of the L2 cache that packed panels may take: as many go together as fit, so that a row is
+// brought from memory once for all of them. A panel that is larger goes alone, kRowBlock rows at a
+// time through a part of it (kDepth of cpu/product.h).
+constexpr int64_t kL2Words = 128 * 1024;
+constexpr int64_t kRowBlock = 12 * kRows;
 static_assert(kRowBlock % kRowPad == 0);
-constexpr int64_t kL2Words = 128 * 1024;    // what of the L2 cache a panel may take
-constexpr int64_t kGroupWords = 96 * 1024;  // what panels that are packed together take
 
 // Panels of nearly equal width: a last one of a single vector would waste most of a tile.
 struct Panels {
@@ -36,12 +38,11 @@ int64_t panel_words(const LinearProduct& p) {
   return words_for<F>(p.depth) * kPanel;
 }
 
-// Panels that a task packs at a time: rows are brought from memory once for all of them.
+// Panels that a task packs at a time; one where there are few rows to go through them.
 template <typename F>
 int64_t group_panels(const LinearProduct& p) {
   const int64_t words = panel_words<F>(p);
-  return p.count <= kRowBlock || words * 2 > kGroupWords ? 1
-                                                         : kGroupWords / (words > 0 ? words : 1);
+  return p.count <= kRowBlock || 2 * words > kL2Words ? 1 : kL2Words / (words > 0 ? words : 1);
 }
 
 template <typename F>
@@ -56,35 +57,36 @@ void pack(const LinearProduct& p, int64_t begin, int64_t end) {
   pack_words<F>(static_cast<typename F::Word*>(p.packed), p.rows, begin, end, p.depth);
 }
 
-// The lines that `lanes` results of a row will go to, on their way while these are computed: rows
-// are far apart, and a store that misses holds up those behind it.
-inline void ask_for_results(const LinearProduct& p, int64_t row, int64_t first, int64_t lanes) {
-  if (p.turned) return;
-  const int64_t size = p.out_dtype == Dtype::kFloat32 ? 4 : 2;
-  const char* from = static_cast<const char*>(p.out) + (row * p.outputs + first) * size;
-  const int64_t last = at_most(lanes, p.outputs - first) * size - 1;
-  for (int64_t i = 0; i < last; i += 64) __builtin_prefetch(from + i, 1, 3);
-  __builtin_prefetch(from + last, 1, 3);
+template <bool kFloat>
+void store_rows(const LinearProduct& p, const float* sums, int64_t row, int64_t count,
+                int64_t first, int64_t lanes) {
+  constexpr Dtype kDtype = kFloat ? Dtype::kFloat32 : Dtype::kBFloat16;
+  const int64_t n = at_most(lanes, p.outputs - first);
+  for (int64_t j = 0; j < count; ++j) {
+    const float* from = sums + j * kPanel;
+    const int64_t at = (row + j) * p.outputs + first;
+    int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) {
+      const Vf value = load_vector(from + i);
+      const Vf out = p.bias == nullptr ? value : value + load_vector(p.bias + first + i);
+      store_values(p.out, kDtype, at + i, out);
+    }
+    for (; i < n; ++i) {
+      const float value = p.bias == nullptr ? from[i] : from[i] + p.bias[first + i];
+      store_row(p.out, kDtype, at + i, &value, 1);
+    }
+  }
 }
 
-void store_sums(const LinearProduct& p, const float* sums, int64_t row, int64_t first,
-                int64_t lanes) {
-  float values[kPanel];
-  if (p.turned) {
+void store_turned(const LinearProduct& p, const float* sums, int64_t row, int64_t count,
+                  int64_t first, int64_t lanes) {
+  for (int64_t j = 0; j < count; ++j) {
     for (int64_t i = 0; i < at_most(lanes, p.outputs - first); ++i) {
-      const float value = p.bias == nullptr ? sums[i] : sums[i] + p.bias[row];
-      store_row(p.out, p.out_dtype, (first + i) * p.count + row, &value, 1);
+      const float sum = sums[j * kPanel + i];
+      const float value = p.bias == nullptr ? sum : sum + p.bias[row + j];
+      store_row(p.out, p.out_dtype, (first + i) * p.count + row + j, &value, 1);
     }
-    return;
   }
-  const int64_t n = at_most(lanes, p.outputs - first), at = row * p.outputs + first;
-  if (p.bias == nullptr) return store_row(p.out, p.out_dtype, at, sums, n);
-  int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) {
-    store_vector(values + i, load_vector(sums + i) + load_vector(p.bias + first + i));
-  }
-  for (; i < n; ++i) values[i] = sums[i] + p.bias[first + i];
-  store_row(p.out, p.out_dtype, at, values, n);
 }
 
 template <typename F>
@@ -94,11 +96,14 @@ void tiles(const LinearProduct& p, int64_t row_begin, int64_t row_end, int64_t p
   const ProductScope<F> scope;
   Word* packed = reinterpret_cast<Word*>(sums + (kRowBlock + kRowPad) * kPanel);
   const Panels panels(p.outputs);
+  const auto store = p.turned                         ? store_turned
+                     : p.out_dtype == Dtype::kFloat32 ? store_rows<true>
+                                                      : store_rows<false>;
   const bool copied = !in_place<F>(p);
   const Word* rows = static_cast<const Word*>(copied ? p.packed : p.rows.data);
   const int64_t stride = copied ? packed_row_words<F>(p.depth) : p.rows.major_stride / F::kPerWord;
   const int64_t words = words_for<F>(p.depth), size = panel_words<F>(p);
-  const int64_t group = group_panels<F>(p), step = size > kL2Words ? kRowBlock : kRowPad;
+  const int64_t group = group_panels<F>(p), block = size > kL2Words ? kRowBlock : kRowPad;
   for (int64_t from = panel_begin; from < panel_end; from += group) {
     const int64_t to = at_most(from + group, panel_end);
     for (int64_t i = from; i < to; ++i) {
@@ -106,17 +111,13 @@ void tiles(const LinearProduct& p, int64_t row_begin, int64_t row_end, int64_t p
       pack_lanes<F>(packed + (i - from) * size, p.lanes, first, panels.first(i + 1) - first,
                     p.outputs, p.depth);
     }
-    for (int64_t row = row_begin; row < row_end; row += kRowBlock) {
-      const int64_t end = at_most(row + kRowBlock, row_end);
+    for (int64_t row = row_begin; row < row_end; row += block) {
+      const int64_t count = at_most(block, row_end - row);
       for (int64_t i = from; i < to; ++i) {
         const int64_t first = panels.first(i), lanes = panels.first(i + 1) - first;
-        for (int64_t j = row; j < end; j += step) {
-          const int64_t count = at_most(step, end - j);
-          for (int64_t n = 0; n < count; ++n) ask_for_results(p, j + n, first, lanes);
-          panel_product<F>(sums, rows + j * stride, stride, count, packed + (i - from) * size,
-                           words, static_cast<int>(lanes), false);
-          for (int64_t n = 0; n < count; ++n) store_sums(p, sums + n * kPanel, j + n, first, lanes);
-        }
+        panel_product<F>(sums, rows + row * stride, stride, count, packed + (i - from) * size,
+                         words, static_cast<int>(lanes), false);
+        store(p, sums, row, count, first, lanes);
       }
     }
   }

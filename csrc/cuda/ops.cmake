@@ -1,7 +1,7 @@
 # Ops with a CUDA kernel, for the CUDA library and for the emulator: csrc/cuda/<op>.cu and
 # csrc/ops/<op>_cuda.cpp each.
 set(RLIR_CUDA_OPS decode_actions flow_sde_step group_advantage inverse_reward
-                  policy_loss sample_tokens selected_logprob)
+                  policy_loss rotary rotary_append sample_tokens selected_logprob)
 # Further such pairs of files, a part of an op each.
 set(RLIR_CUDA_PARTS selected_logprob_backward)
 set(RLIR_CUDA_FILES ${RLIR_CUDA_OPS} ${RLIR_CUDA_PARTS})

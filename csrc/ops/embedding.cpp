@@ -79,7 +79,7 @@ Tensor embedding_backward_cpu(const Tensor& grad, const Tensor& ids, const Tenso
   a.dw = dw.mutable_data_ptr();
   const auto kernel = RLIR_CPU_KERNEL(embedding_backward);
   torch::stable::parallel_for(0, count, rows_per_task(size), [&](int64_t begin, int64_t end) {
-    const Scratch scratch(2 * ((size + 15) / 16 * 16) * int64_t{sizeof(float)});
+    const Scratch scratch(size * int64_t{sizeof(float)});
     kernel(a, begin, end, scratch.get<float>());
   });
   return dw;

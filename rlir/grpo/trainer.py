@@ -27,9 +27,10 @@ from rlir.grpo.loss import LossStatistics, policy_loss
 from rlir.grpo.reward import InverseReward, Reward, draw
 from rlir.models.tokenizer import Tokenizer
 from rlir.models.world_model import WorldModel
-from rlir.ops import group_advantage, selected_logprob
+from rlir.ops import group_advantage
 from rlir.rollout.engine import RolloutEngine, rollout_seed
 from rlir.rollout.loop import Rollouts, inference_copy
+from rlir.rollout.parity import Parity, compare, token_logprob
 from rlir.tracing import span
 from rlir.training import STATE, InterruptedRun, interruptible, make_optimizer, step_generator
 
@@ -137,18 +138,7 @@ class GrpoTrainer:
             )
 
     def _logprob(self, model: WorldModel, codes: Tensor, blocks: Tensor) -> Tensor:
-        """log p of the visual tokens of frames 1.., [B, L - 1, S]; no logits in memory."""
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden = model.hidden(codes, blocks)
-        drawn = codes[:, 1:]
-        logprob, _ = selected_logprob(
-            hidden.flatten(0, 2).bfloat16(),
-            model.lm_head.weight.bfloat16(),
-            drawn.flatten(),
-            temperature=self.config.temperature,
-            compute_entropy=False,
-        )
-        return logprob.view(drawn.shape)
+        return token_logprob(model, codes, blocks, self.config.temperature)
 
     def _supervised(self, generator: torch.Generator) -> Tensor:
         config = self.config
@@ -162,16 +152,21 @@ class GrpoTrainer:
 
     def _minibatch(
         self, rows: Tensor, rollouts: Rollouts, blocks: Tensor, advantages: Tensor
-    ) -> LossStatistics:
-        """Accumulate the gradient of one minibatch, microbatch by microbatch."""
+    ) -> tuple[LossStatistics, Parity]:
+        """Accumulate the gradient of one minibatch, microbatch by microbatch. Also says how far
+        the policy is from the one that rolled out.
+        """
         config, total = self.config, len(rows)
         parts: list[tuple[float, LossStatistics]] = []
+        scored: list[Tensor] = []
         for part in rows.split(config.microbatch):
             codes, share = rollouts.codes[part], len(part) / total
             with torch.no_grad():
                 ref = self._logprob(self.base, codes, blocks[part])
+            logprob = self._logprob(self.model, codes, blocks[part])
+            scored.append(logprob.detach())
             loss, statistics = policy_loss(
-                self._logprob(self.model, codes, blocks[part]),
+                logprob,
                 rollouts.logprob[part],
                 advantages[part],
                 ref,
@@ -181,11 +176,12 @@ class GrpoTrainer:
             )
             (loss * share).backward()
             parts.append((share, statistics))
-        return LossStatistics(
+        statistics = LossStatistics(
             kl=sum(w * s.kl for w, s in parts),
             clip_fraction=sum(w * s.clip_fraction for w, s in parts),
             ratio=sum(w * s.ratio for w, s in parts),
         )
+        return statistics, compare(rollouts.logprob[rows], torch.cat(scored))
 
     def train_step(self) -> Metrics:
         """One step. Returns its metrics; raises TrainingError for a NaN reward or loss."""
@@ -201,12 +197,16 @@ class GrpoTrainer:
             group["lr"] = config.learning_rate_at(self.step)
         kept = self.kept(advantages)
         order = kept[torch.randperm(len(kept), generator=generator)]
-        statistics, norms = [], []
+        statistics: list[LossStatistics] = []
+        parities: list[Parity] = []
+        norms: list[float] = []
         with span("update", len(order)):
             for rows in order.chunk(config.minibatches):
                 self.optimizer.zero_grad(set_to_none=True)
                 with span("update.minibatch", len(rows)):
-                    statistics.append(self._minibatch(rows, rollouts, blocks, advantages))
+                    seen, parity = self._minibatch(rows, rollouts, blocks, advantages)
+                statistics.append(seen)
+                parities.append(parity)
                 if config.supervised_weight:
                     with span("update.supervised", config.supervised_clips):
                         (config.supervised_weight * self._supervised(generator)).backward()
@@ -231,6 +231,9 @@ class GrpoTrainer:
             "kl": sum(s.kl for s in statistics) / n,
             "clip_fraction": sum(s.clip_fraction for s in statistics) / n,
             "ratio": sum(s.ratio for s in statistics) / n,
+            # Before the first update: the same policy twice.
+            "first_ratio": parities[0].ratio,
+            "logprob_mismatch": parities[0].largest,
             "entropy": float(rollouts.entropy.mean()),
             "grad_norm": sum(norms) / n,
         }

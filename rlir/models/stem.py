@@ -34,10 +34,10 @@ def engine_stem(stem: "Stem", previous: Tensor, action: Tensor, dtype: torch.dty
         weights, in their dtypes. Elsewhere torch's modules serve, under autocast in bfloat16.
     """
     device = previous.device.type
-    if _library.PATH is None or device != "cpu":
+    if _library.PATH is None or device != "cpu" or dtype == torch.float64:
         with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            slow: Tensor = stem(previous, action).float()
-            return slow
+            slow: Tensor = stem(previous, action)
+            return slow if dtype == torch.float64 else slow.float()
     parameters = list(stem.parameters())
     if torch.is_grad_enabled() and any(x.requires_grad for x in parameters):
         out: Tensor = _EngineStem.apply(stem, dtype, previous, action, *parameters)

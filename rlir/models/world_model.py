@@ -68,9 +68,10 @@ class WorldModelConfig:
                 f"world model: frames must be >= 2, stem_channels >= 1 and stem_blocks >= 0, "
                 f"got {self.frames}, {self.stem_channels}, {self.stem_blocks}"
             )
-        if self.hidden // self.heads % 2:
+        if self.hidden // self.heads % 2 or self.hidden // self.heads > 256:
             raise InputError(
-                f"world model: hidden / heads must be even, got {self.hidden} / {self.heads}"
+                "world model: hidden / heads must be even and at most 256, "
+                f"got {self.hidden} / {self.heads}"
             )
         if self.hidden % self.heads or self.heads % self.kv_heads:
             raise InputError(
@@ -98,6 +99,11 @@ def operand_dtype(weight: Tensor) -> torch.dtype:
     """Of the operands of products: bfloat16 under autocast, else the weights'."""
     autocast = weight.device.type == "cpu" and torch.is_autocast_enabled("cpu")
     return torch.bfloat16 if autocast else weight.dtype
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of sums of such operands, and of the residual stream: float32, or float64."""
+    return dtype if dtype == torch.float64 else torch.float32
 
 
 def rotary_table(config: WorldModelConfig) -> Tensor:
@@ -130,7 +136,7 @@ class Projection(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = operand_dtype(self.weight)
-        return linear(x.to(dtype), self.weight, dtype=torch.float32)
+        return linear(x.to(dtype), self.weight, dtype=sum_dtype(dtype))
 
 
 class Attention(nn.Module):
@@ -277,11 +283,11 @@ class WorldModel(nn.Module):
         return (torch.arange(start, start + count) + self.action_tokens) % self.config.block
 
     def embed(self, ids: Tensor, start: int) -> Tensor:
-        """Embeddings float32 of ids [B, T] that stand at stream positions start.. ."""
+        """Embeddings (float32) of ids [B, T] that stand at stream positions start.. ."""
         slots = self.slots(start, ids.shape[1])
         dtype = operand_dtype(self.embed_tokens.weight)
-        tokens = embedding(ids, self.embed_tokens.weight, dtype=dtype)
-        return tokens.float() + embedding(slots, self.embed_slots.weight, dtype=dtype).float()
+        tokens = embedding(ids, self.embed_tokens.weight, dtype=dtype).to(sum_dtype(dtype))
+        return tokens + embedding(slots, self.embed_slots.weight, dtype=dtype).to(tokens.dtype)
 
     def hidden(self, codes: Tensor, actions: Tensor) -> Tensor:
         """Final hidden states that predict the visual tokens of frames 1.., [B, L - 1, S, D]."""

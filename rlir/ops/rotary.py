@@ -34,7 +34,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) ->
         InputError: (a ValueError) inputs that do not fit together, in one line.
     """
     _check(x, cos, sin)
-    if x.dtype not in _DTYPES or x.device.type != "cpu" or _library.FORCE_REFERENCE:
+    if x.dtype not in _DTYPES or not _library.has_kernels(x):
         return rotate(x, cos, sin, interleaved)
     tables = [table.detach().float().contiguous() for table in (cos, sin)]
     out: Tensor = torch.ops.rlir.rotary.default(x, *tables, interleaved, False)

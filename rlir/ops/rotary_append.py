@@ -46,11 +46,12 @@ def rotary_append_(
 
     Raises:
         InputError: (a ValueError) inputs that do not fit together, in one line, before anything is
-            written.
+            written. On CUDA, where looking would wait for the device, a position out of range gives
+            NaN, is not written, and an assertion fails on the device.
     """
     q, k, v, cache_k, cache_v = map(_constant, (q, k, v, cache_k, cache_v))
     _check(q, k, v, cos, sin, cache_k, cache_v, positions)
-    if q.dtype not in _DTYPES or q.device.type != "cpu" or _library.FORCE_REFERENCE:
+    if q.dtype not in _DTYPES or not _library.has_kernels(q):
         return _reference(q, k, v, cos, sin, cache_k, cache_v, positions, interleaved)
     tables = [table.detach().float().contiguous() for table in (cos, sin)]
     try:

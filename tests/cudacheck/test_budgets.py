@@ -51,6 +51,12 @@ BUDGETS: dict[str, dict[str, Budget]] = {
         "finish_kernel": Budget(threads=256, registers=64, blocks=4, shared=8848),
         "backward_kernel": Budget(threads=256, registers=80, blocks=3),
     },
+    "rotary": {
+        "rotary_kernel": Budget(threads=256, registers=64, blocks=4),
+    },
+    "rotary_append": {
+        "append_kernel": Budget(threads=128, registers=64, blocks=8),
+    },
     "sample_tokens": {  # shared memory for 4096 tokens
         "sample_kernel": Budget(
             threads=512, registers=112, blocks=1, dynamic=33152, shared=1920, has=(r"LDG\S*\.128",)
@@ -79,6 +85,8 @@ HAS = {
     "backward_kernel<double, 1>": (r"LDG\S*\.128", r"STG\S*\.128"),
     "row_kernel<float, 1>": (r"LDG\S*\.128", r"STS\S*\.128"),
     "row_kernel<double, 1>": (r"LDG\S*\.128", r"STS\S*\.128"),
+    "rotary_kernel<1>": (r"LDG\S*\.128", r"STG\S*\.128"),
+    "append_kernel<1>": (r"LDG\S*\.128", r"STG\S*\.128"),
     **{f"{name}_kernel<1>": TENSOR for name in ("tile", "logits", "gradient", "hidden", "weight")},
     **{f"{name}_kernel<0>": SCALAR for name in ("tile", "logits", "gradient", "hidden", "weight")},
 }

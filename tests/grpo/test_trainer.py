@@ -52,8 +52,9 @@ def test_the_base_stays_as_it_was(clips: Clips, tmp_path: Path) -> None:
 
 def test_the_first_ratio_is_that_of_the_policy_that_rolled_out(clips: Clips) -> None:
     metrics = toy(clips, minibatches=1, group_size=8).train_step()
-    assert metrics["ratio"] == pytest.approx(1, abs=0.02)  # bfloat16
-    assert metrics["clip_fraction"] < 0.01
+    assert metrics["ratio"] == metrics["first_ratio"] == 1, "to the last bit"
+    assert metrics["logprob_mismatch"] == 0
+    assert metrics["clip_fraction"] == 0
 
 
 def test_equal_rewards_move_nothing_but_towards_the_base(clips: Clips) -> None:

@@ -36,9 +36,15 @@ def draw(model: WorldModel, prompts: Tensor, actions: Tensor, seed: int = 0, **m
     return rollout(inference_copy(model, torch.float32), prompts, actions, seed=seed, **more)
 
 
-def teacher_forced(model: WorldModel, codes: Tensor, actions: Tensor) -> Tensor:
-    """Log-probabilities [B, L - 1, S, V] of a forward over the whole stream."""
-    return model(codes, model.action_ids(actions)).log_softmax(-1)
+def teacher_forced(
+    model: WorldModel, codes: Tensor, actions: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """Log-probabilities [B, L - 1, S, V] of a forward over the whole stream, in float64."""
+    wide = WorldModel(model.config).double()
+    wide.load_state_dict(model.state_dict())
+    wide.rotary = wide.rotary.double()
+    with torch.no_grad():
+        return wide(codes, wide.action_ids(actions)).div(temperature).log_softmax(-1)
 
 
 @settings(max_examples=examples(25))
@@ -65,11 +71,11 @@ def test_log_probabilities_are_those_of_a_teacher_forced_forward(
     if length == 1:
         return
     commanded = actions.repeat_interleave(group_size, 0)
-    exact = model(drawn.codes, model.action_ids(commanded)).div(temperature).log_softmax(-1)
+    exact = teacher_forced(model, drawn.codes, commanded, temperature)
     chosen = exact.gather(-1, drawn.codes[:, 1:, :, None])[..., 0]
-    torch.testing.assert_close(drawn.logprob, chosen, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(drawn.logprob.double(), chosen, atol=2e-5, rtol=1e-5)
     entropy = -(exact.exp() * exact).sum(-1).mean(0)
-    torch.testing.assert_close(drawn.entropy, entropy, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(drawn.entropy.double(), entropy, atol=2e-5, rtol=1e-5)
 
 
 def test_a_rounded_policy_is_near_its_model() -> None:
@@ -94,7 +100,7 @@ def test_greedy_is_the_argmax_of_a_teacher_forced_forward(
     chosen = exact.gather(-1, drawn.codes[:, 1:, :, None])[..., 0]
     # Where two codes are equally likely to rounding, either is the argmax.
     torch.testing.assert_close(chosen, exact.amax(-1), atol=2e-5, rtol=0)
-    torch.testing.assert_close(drawn.logprob, chosen, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(drawn.logprob.double(), chosen, atol=2e-5, rtol=1e-5)
 
 
 def test_greedy_members_of_a_group_are_equal_and_draw_nothing() -> None:
@@ -117,7 +123,7 @@ def test_members_of_a_group_share_prompt_and_actions_and_differ_in_what_was_draw
         rows = slice(4 * p, 4 * p + 4)
         own = teacher_forced(model, drawn.codes[rows], actions[p : p + 1].expand(4, -1, -1))
         chosen = own.gather(-1, drawn.codes[rows, 1:, :, None])[..., 0]
-        torch.testing.assert_close(drawn.logprob[rows], chosen, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(drawn.logprob[rows].double(), chosen, atol=2e-5, rtol=1e-5)
         assert len(drawn.codes[rows].flatten(1).unique(dim=0)) == 4
 
 

@@ -9,13 +9,17 @@
 #include "cpu/video_attention.h"
 #include "cpu/words.h"
 
+#if defined(__AMX_BF16__)
+#include "cpu/attention_tiles.h"
+#endif
+
 namespace rlir::cpu {
 namespace {  // nothing here may be shared between instruction sets
 
-constexpr int64_t kBlockRows = kKeyBlock + kRows;  // of a panel's scores: products fill whole tiles
+constexpr int64_t kBlockRows = kKeyBlock + kRowPad;  // of a panel's scores, as a product writes
 constexpr float kLn2 = 0x1.62e430p-1f;
 
-inline int64_t padded_dim(int64_t dim) { return round_up(dim, 16) + kRows; }
+inline int64_t padded_dim(int64_t dim) { return round_up(dim, 16) + kRowPad; }
 inline int32_t clamped(int64_t x) {
   return static_cast<int32_t>(x < 0 ? 0 : x > INT32_MAX ? INT32_MAX : x);
 }
@@ -219,6 +223,12 @@ inline typename F::Lanes spread(typename F::Word word) {
 template <typename F>
 inline void add_columns(float* sums, const typename F::Word* column, const typename F::Word* v,
                         int64_t stride, int64_t steps, int64_t dim, int used) {
+#if defined(__AMX_BF16__)
+  if constexpr (kTiled<F>) {
+    return tile_product(sums, {kPanel, kPanel}, v, kColumnWords, dim, column, steps, used * kWidth,
+                        true, {});
+  }
+#endif
   for (int64_t d = 0; d < dim; d += kRows) {
     const typename F::Word* rows[kRows];
     for (int j = 0; j < kRows; ++j) rows[j] = v + at_most(d + j, dim - 1);
@@ -391,7 +401,7 @@ inline void load_queries(Panel<F>& p, const VideoAttention& a, int64_t first) {
 
 template <typename F>
 inline void clear_state(Panel<F>& p, int64_t dim) {
-  for (int64_t i = 0; i < round_up(dim, kRows) * kPanel; i += kWidth) {
+  for (int64_t i = 0; i < padded_dim(dim) * kPanel; i += kWidth) {
     store_vector(p.sums + i, Vf{});
   }
   for (int i = 0; i < kPanel; i += kWidth) {
@@ -400,21 +410,29 @@ inline void clear_state(Panel<F>& p, int64_t dim) {
   }
 }
 
-// Values (or keys) of a block as words along the slots: [pairs][dim padded]. Rows that are not
-// `seen` are zeros. Returns whether what is left is finite, if `seen` says that some are not.
+// Values (or keys) of a block as words along the slots: [pairs][dim padded], or what pair_columns
+// makes of them. Rows that are not `seen` are zeros. Returns whether what is left is finite, if
+// `seen` says that some are not.
 template <typename F>
 inline bool pack_rows_of(const VideoAttention& a, bool values, int64_t start, int64_t count,
                          const bool* seen, typename F::Word* out) {
   constexpr bool kBFloat16 = Panel<F>::kBFloat16;
   constexpr int64_t kPer = F::kPerWord;
   const int64_t stride = round_up(a.dim, 16);
+  const auto row_of = [&](int64_t k) -> const void* {
+    const bool there = k < count && (seen == nullptr || seen[k]);
+    return there ? slot_row(kBFloat16, a.keys, values, start + k) : nullptr;
+  };
+#if defined(__AMX_BF16__)
+  if constexpr (kTiled<F>) {
+    const void* rows[kKeyBlock];
+    for (int64_t k = 0; k < count; ++k) rows[k] = row_of(k);
+    return pair_columns(rows, count, a.dim, seen != nullptr, out);
+  }
+#endif
   uint32_t special = 0;
   for (int64_t k = 0; k < count; k += 2) {
-    const void* row[2];
-    for (int i = 0; i < 2; ++i) {
-      const bool there = k + i < count && (seen == nullptr || seen[k + i]);
-      row[i] = there ? slot_row(kBFloat16, a.keys, values, start + k + i) : nullptr;
-    }
+    const void* const row[2] = {row_of(k), row_of(k + 1)};
     typename F::Word* to = out + k / kPer * stride;
     pair_rows<F>(to, stride, row[0], row[1], a.dim);
     if (seen == nullptr) continue;
@@ -507,6 +525,12 @@ inline void add_values_apart(Panel<F>& p, const VideoAttention& a, int64_t start
                 (slot < p.reach.own[lane] || tau_of(a.mask, slot) <= p.reach.tau[lane]);
     }
     pack_rows_of<F>(a, true, start, count, seen, p.values);
+#if defined(__AMX_BF16__)
+    if constexpr (kTiled<F>) {
+      lane_product(p.sums, lane, reinterpret_cast<const Word*>(p.scores), p.values, steps, a.dim);
+      continue;
+    }
+#endif
     const Word* weights = reinterpret_cast<const Word*>(p.scores) + lane;
     for (int64_t d = 0; d < a.dim; ++d) {
       Vf sum = splat(p.sums[d * kPanel + lane]);

@@ -248,3 +248,48 @@ inline void attend(float* const* out, const typename F::Word* const* q, const Se
 
 }  // namespace
 }  // namespace rlir::cpu
+
+#if defined(__AMX_BF16__)
+#include "cpu/cache_tiles.h"
+#endif
+
+namespace rlir::cpu {
+namespace {
+
+// Work space of attend_some, whose rows see at most `seen` positions.
+inline int64_t attention_scratch(int64_t seen, [[maybe_unused]] int64_t dim) {
+  const int64_t vectors = 2 * query_scratch(seen);
+#if defined(__AMX_BF16__)
+  const int64_t tiles = TileSpace(dim).total;
+  return vectors > tiles ? vectors : tiles;
+#else
+  return vectors;
+#endif
+}
+
+// attend for as many of `queries` queries of one key head as go together; returns how many. q and
+// out [queries][d padded].
+template <typename F>
+inline int64_t attend_some(float* out, const typename F::Word* q, int64_t queries,
+                           const Segment<F>& shared, const Segment<F>& own, int64_t dim,
+                           float scale, float* scratch) {
+#if defined(__AMX_BF16__)
+  if constexpr (kTiled<F>) {
+    const int64_t n = at_most(queries, kTile);
+    attend_tiles(out, q, n, shared, own, dim, scale, scratch);
+    return n;
+  }
+#endif
+  const int64_t padded = round_up(dim, 16);
+  float* const to[2] = {out, out + padded};
+  const typename F::Word* const from[2] = {q, q + padded};
+  if (queries > 1) {
+    attend<F, 2>(to, from, shared, own, dim, scale, scratch);
+    return 2;
+  }
+  attend<F, 1>(to, from, shared, own, dim, scale, scratch);
+  return 1;
+}
+
+}  // namespace
+}  // namespace rlir::cpu

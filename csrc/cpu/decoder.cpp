@@ -27,7 +27,7 @@ Space space_of(const Decoder& m, int64_t rows, int64_t seen) {
   s.q = s.qkv + rows * round_up(qkv_width(m), 16);
   s.heads = s.q + m.heads * dim;
   s.attention = s.heads + (m.heads + 2) * dim + round_up(m.hidden, 16);
-  s.total = s.attention + 2 * query_scratch(seen);
+  s.total = s.attention + attention_scratch(seen, m.head_dim);
   return s;
 }
 
@@ -226,18 +226,9 @@ class Attention {
       const bool last = h + 1 == m_.kv_heads;
       own.next_k = keys(own_, last ? next.own : row.own, last ? 0 : h + 1);
       own.next_v = values(own_, last ? next.own : row.own, last ? 0 : h + 1);
-      float* to[2];
-      const Word* from[2];
-      for (int64_t j = 0; j < group; j += 2) {
-        for (int i = 0; i < 2; ++i) {
-          to[i] = heads + (h * group + j + i) * padded;
-          from[i] = q + (h * group + j + i) * padded;
-        }
-        if (j + 1 < group) {
-          attend<F, 2>(to, from, shared, own, dim, scale, scratch);
-        } else {
-          attend<F, 1>(to, from, shared, own, dim, scale, scratch);
-        }
+      for (int64_t j = h * group; j < (h + 1) * group;) {
+        j += attend_some<F>(heads + j * padded, q + j * padded, (h + 1) * group - j, shared, own,
+                            dim, scale, scratch);
       }
     }
     // Heads side by side, without their pads.

@@ -19,6 +19,7 @@ Panel<F> open(const VideoAttention& a, int64_t panel, float* scratch) {
 
 template <typename F>
 void prefix(const VideoAttention& a, int64_t panel, int64_t blocks, float* state, float* scratch) {
+  const ProductScope<F> scope;
   Panel<F> p = open<F>(a, panel, scratch);
   attend_blocks(p, a, 0, blocks);
   float* lane = state + panel * kPanel * decode_state(a.dim);
@@ -32,6 +33,7 @@ void prefix(const VideoAttention& a, int64_t panel, int64_t blocks, float* state
 template <typename F>
 void suffix(const VideoAttention& a, int64_t panel, int64_t blocks, const float* state,
             float* scratch) {
+  const ProductScope<F> scope;
   Panel<F> p = open<F>(a, panel, scratch);
   if (blocks > 0) {
     const float* lane = state + panel * kPanel * decode_state(a.dim);

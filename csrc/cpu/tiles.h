@@ -79,26 +79,32 @@ inline TileSource padded(uint32_t* copy, const uint32_t* data, int64_t stride, i
   return {copy, kTile * sizeof(uint32_t)};
 }
 
+// C and B of a product: floats, or words, between their rows.
+struct TileStrides {
+  int64_t c, panel;
+};
+
 struct TileCopies {
   alignas(64) uint32_t a[2][kTile * kTile], b[3][kTile * kTile];
 };
 
-// c [16 or 32 rows][kPanel] of `count` rows, at most 32, against kUsed times 16 lanes of a panel.
+// c [16 or 32 rows] of `count` rows, at most 32, against kUsed times 16 lanes of a panel.
 template <int kUsed, bool kTwo>
-__attribute__((noinline)) void tile_rows(float* c, const uint32_t* rows, int64_t stride,
-                                         int64_t count, const uint32_t* panel, int64_t words,
-                                         bool more, Ahead ahead) {
-  constexpr int64_t kWordBytes = sizeof(uint32_t), kPanelBytes = kPanel * sizeof(float);
-  float* below = c + kTile * kPanel;
+__attribute__((noinline)) void tile_rows(float* c, TileStrides strides, const uint32_t* rows,
+                                         int64_t stride, int64_t count, const uint32_t* panel,
+                                         int64_t words, bool more, Ahead ahead) {
+  constexpr int64_t kWordBytes = sizeof(uint32_t);
+  const int64_t c_bytes = strides.c * kWordBytes, panel_bytes = strides.panel * kWordBytes;
+  float* below = c + kTile * strides.c;
   if (more) {
     memory_is_written();
-    _tile_loadd(0, c, kPanelBytes);
-    if constexpr (kUsed > 1) _tile_loadd(1, c + kTile, kPanelBytes);
-    if constexpr (kUsed > 2) _tile_loadd(2, c + 2 * kTile, kPanelBytes);
+    _tile_loadd(0, c, c_bytes);
+    if constexpr (kUsed > 1) _tile_loadd(1, c + kTile, c_bytes);
+    if constexpr (kUsed > 2) _tile_loadd(2, c + 2 * kTile, c_bytes);
     if constexpr (kTwo) {
-      _tile_loadd(3, below, kPanelBytes);
-      if constexpr (kUsed > 1) _tile_loadd(4, below + kTile, kPanelBytes);
-      if constexpr (kUsed > 2) _tile_loadd(5, below + 2 * kTile, kPanelBytes);
+      _tile_loadd(3, below, c_bytes);
+      if constexpr (kUsed > 1) _tile_loadd(4, below + kTile, c_bytes);
+      if constexpr (kUsed > 2) _tile_loadd(5, below + 2 * kTile, c_bytes);
     }
   } else {
     _tile_zero(0);
@@ -120,9 +126,9 @@ __attribute__((noinline)) void tile_rows(float* c, const uint32_t* rows, int64_t
       return padded(copies.a[first / kTile], data, stride, left, here);
     };
     const auto source_b = [&](int64_t lane) -> TileSource {
-      const uint32_t* data = panel + k * kPanel + lane;
-      if (here == kTile) return {data, kPanelBytes};
-      return padded(copies.b[lane / kTile], data, kPanel, here, kTile);
+      const uint32_t* data = panel + k * strides.panel + lane;
+      if (here == kTile) return {data, panel_bytes};
+      return padded(copies.b[lane / kTile], data, strides.panel, here, kTile);
     };
     for (int64_t i = 0; i < ahead.lines; ++i) {
       __builtin_prefetch(ahead.from, 0, 2);
@@ -159,24 +165,41 @@ __attribute__((noinline)) void tile_rows(float* c, const uint32_t* rows, int64_t
       _tile_dpbf16ps(3, 6, 7);
     }
   }
-  _tile_stored(0, c, kPanelBytes);
-  if constexpr (kUsed > 1) _tile_stored(1, c + kTile, kPanelBytes);
-  if constexpr (kUsed > 2) _tile_stored(2, c + 2 * kTile, kPanelBytes);
+  _tile_stored(0, c, c_bytes);
+  if constexpr (kUsed > 1) _tile_stored(1, c + kTile, c_bytes);
+  if constexpr (kUsed > 2) _tile_stored(2, c + 2 * kTile, c_bytes);
   if constexpr (kTwo) {
-    _tile_stored(3, below, kPanelBytes);
-    if constexpr (kUsed > 1) _tile_stored(4, below + kTile, kPanelBytes);
-    if constexpr (kUsed > 2) _tile_stored(5, below + 2 * kTile, kPanelBytes);
+    _tile_stored(3, below, c_bytes);
+    if constexpr (kUsed > 1) _tile_stored(4, below + kTile, c_bytes);
+    if constexpr (kUsed > 2) _tile_stored(5, below + 2 * kTile, c_bytes);
   }
 }
 
 template <bool kTwo>
-inline void tile_rows(int lanes, float* c, const uint32_t* rows, int64_t stride, int64_t count,
-                      const uint32_t* panel, int64_t words, bool more, Ahead ahead) {
-  if (lanes > 2 * kTile) {
-    return tile_rows<3, kTwo>(c, rows, stride, count, panel, words, more, ahead);
+inline void tile_lanes(int lanes, float* c, TileStrides strides, const uint32_t* rows,
+                       int64_t stride, int64_t count, const uint32_t* panel, int64_t words,
+                       bool more, Ahead ahead) {
+  const auto kernel = lanes > 2 * kTile ? tile_rows<3, kTwo>
+                      : lanes > kTile   ? tile_rows<2, kTwo>
+                                        : tile_rows<1, kTwo>;
+  kernel(c, strides, rows, stride, count, panel, words, more, ahead);
+}
+
+// At most 3 tiles of lanes, any strides; otherwise as panel_product, which says what `more` is.
+inline void tile_product(float* c, TileStrides strides, const uint32_t* first, int64_t stride,
+                         int64_t count, const uint32_t* panel, int64_t words, int lanes, bool more,
+                         Ahead ahead) {
+  static_assert(kTileDepth % kTile == 0);
+  for (int64_t k = 0; k < words; k += kTileDepth) {
+    const int64_t depth = at_most(kTileDepth, words - k);
+    for (int64_t j = 0; j < count; j += 2 * kTile) {
+      const int64_t left = at_most(2 * kTile, count - j);
+      const auto kernel = left > kTile ? tile_lanes<true> : tile_lanes<false>;
+      kernel(lanes, c + j * strides.c, strides, first + j * stride + k, stride, left,
+             panel + k * strides.panel, depth, more || k > 0, ahead);
+      ahead.from += ahead.lines * ((depth + kTile - 1) / kTile) * kLine;
+    }
   }
-  if (lanes > kTile) return tile_rows<2, kTwo>(c, rows, stride, count, panel, words, more, ahead);
-  return tile_rows<1, kTwo>(c, rows, stride, count, panel, words, more, ahead);
 }
 
 inline void tile_product(float* c, const uint32_t* first, int64_t stride, int64_t count,
@@ -185,25 +208,12 @@ inline void tile_product(float* c, const uint32_t* first, int64_t stride, int64_
   constexpr int64_t kLines = kTile * kPanel * sizeof(uint32_t) / kLine;  // of a panel, 16 words
   // So that the next panel is asked for by the time all rows are done.
   const int64_t turns = (count + 2 * kTile - 1) / (2 * kTile);
-  Ahead ahead = {static_cast<const char*>(next),
-                 next == nullptr || turns == 0 ? 0 : (kLines + turns - 1) / turns};
+  const Ahead ahead = {static_cast<const char*>(next),
+                       next == nullptr || turns == 0 ? 0 : (kLines + turns - 1) / turns};
   if (words == 0 && !more) {
     __builtin_memset(c, 0, sizeof(float) * kPanel * round_up(count, kTile));
   }
-  static_assert(kTileDepth % kTile == 0);
-  for (int64_t k = 0; k < words; k += kTileDepth) {
-    const int64_t depth = at_most(kTileDepth, words - k);
-    for (int64_t j = 0; j < count; j += 2 * kTile) {
-      const int64_t left = at_most(2 * kTile, count - j);
-      const uint32_t* rows = first + j * stride + k;
-      const bool adds = more || k > 0;
-      left > kTile ? tile_rows<true>(lanes, c + j * kPanel, rows, stride, left, panel + k * kPanel,
-                                     depth, adds, ahead)
-                   : tile_rows<false>(lanes, c + j * kPanel, rows, stride, left, panel + k * kPanel,
-                                      depth, adds, ahead);
-      ahead.from += ahead.lines * ((depth + kTile - 1) / kTile) * kLine;
-    }
-  }
+  tile_product(c, {kPanel, kPanel}, first, stride, count, panel, words, lanes, more, ahead);
 }
 
 }  // namespace

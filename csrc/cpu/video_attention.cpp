@@ -16,6 +16,7 @@ AttentionSizes sizes_of(int64_t dim) {
 
 template <typename F>
 void whole(const VideoAttention& a, int64_t panel, float* scratch) {
+  const ProductScope<F> scope;
   Panel<F> p = panel_at<F>(scratch, a.dim);
   load_queries(p, a, panel * kPanel);
   clear_state(p, a.dim);

@@ -11,6 +11,9 @@ namespace {
 
 constexpr int kParts = kWidePanel / kPanel;  // panels of a wide one
 static_assert(kWidePanel % kPanel == 0 && kWidePanel % 16 == 0);
+// Words of a row along the lanes. Tiles take 32 lanes at a time: zeros fill the last group.
+template <typename F>
+constexpr int64_t kLaneWords = (kTiled<F> ? (kWidePanel + 31) / 32 * 32 : kWidePanel) / F::kPerWord;
 constexpr int kDimVectors = 2;  // of a tile of dk or dv
 
 // out[j][0 .. kUsed vectors) += sum over `steps` of rows[j] columns, a chain that begins with 0.
@@ -57,11 +60,12 @@ struct WidePanel {
   Panel<F> part[kParts];
   Word* grad[kParts];              // dout, [words][kPanel]
   float* grad_scores;              // [kBlockRows][kPanel]: dP of a part
-  Word *p_rows, *ds_rows;          // [kKeyBlock][kWidePanel / kPer]: along the lanes
+  Word *p_rows, *ds_rows;          // [kKeyBlock][kLaneWords]: along the lanes
   Word *q_columns, *grad_columns;  // [lanes in words][dim padded]
   float *lse, *delta;              // [kWidePanel]
   float* unused;                   // a row that nobody reads
   Word* value_copy;
+  float* tiles;  // [kKeyBlock][dim padded], of tiles: what a panel adds to dk or dv
 };
 
 template <typename F>
@@ -69,7 +73,7 @@ int64_t wide_floats(int64_t dim) {
   const int64_t words = round_up(words_for<F>(dim), 16), stride = round_up(dim, 16);
   return kParts * (panel_floats<F>(dim) + words * kPanel) + kBlockRows * kPanel +
          2 * kKeyBlock * kWidePanel + 2 * kWidePanel * stride + 2 * kWidePanel + stride +
-         kKeyBlock * stride;
+         kKeyBlock * stride * (kTiled<F> ? 2 : 1);
 }
 
 template <typename F>
@@ -95,6 +99,14 @@ WidePanel<F> wide_panel_at(float* space, int64_t dim) {
   w.delta = take(kWidePanel);
   w.unused = take(stride);
   w.value_copy = reinterpret_cast<Word*>(take(kKeyBlock * stride));
+  if constexpr (kTiled<F>) {
+    w.tiles = take(kKeyBlock * stride);
+    constexpr uint64_t kRow = sizeof(Word) * kLaneWords<F>;
+    __builtin_memset(w.p_rows, 0, kRow * kKeyBlock);
+    __builtin_memset(w.ds_rows, 0, kRow * kKeyBlock);
+    __builtin_memset(w.q_columns, 0, kRow * static_cast<uint64_t>(stride));
+    __builtin_memset(w.grad_columns, 0, kRow * static_cast<uint64_t>(stride));
+  }
   return w;
 }
 
@@ -159,7 +171,7 @@ void weights_of_block(WidePanel<F>& w, int index, int64_t count, float scale) {
   using Word = typename F::Word;
   constexpr int kDegree = Panel<F>::kBFloat16 ? 4 : 6;
   Panel<F>& p = w.part[index];
-  constexpr int64_t kRow = kWidePanel / F::kPerWord;
+  constexpr int64_t kRow = kLaneWords<F>;
   for (int lane = 0; lane < p.used * kWidth; lane += kWidth) {
     const int wide = index * kPanel + lane;
     const Vf lse = load_vector(w.lse + wide), delta = load_vector(w.delta + wide);
@@ -185,8 +197,26 @@ template <typename F>
 void add_rows(const WidePanel<F>& w, float* const* sums, const KeySource& keys, int64_t start,
               int64_t count, const typename F::Word* rows, const typename F::Word* columns,
               int64_t dim) {
-  constexpr int64_t kRow = kWidePanel / F::kPerWord;
+  constexpr int64_t kRow = kLaneWords<F>;
   const int64_t stride = round_up(dim, 16), steps = words_of<F>(w.lanes, true);
+#if defined(__AMX_BF16__)
+  if constexpr (kTiled<F>) {
+    const int64_t all = w.lanes == kWidePanel ? kRow : steps;
+    for (int64_t d = 0; d < stride; d += kPanel) {
+      tile_product(w.tiles + d, {stride, stride}, rows, kRow, count, columns + d, all,
+                   static_cast<int>(at_most(kPanel, stride - d)), false, {});
+    }
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t slot = start + k;
+      float* to = slot < keys.count[0] ? sums[0] + slot * stride
+                                       : sums[1] + (slot - keys.count[0]) * stride;
+      for (int64_t d = 0; d < stride; d += kWidth) {
+        store_vector(to + d, load_vector(to + d) + load_vector(w.tiles + k * stride + d));
+      }
+    }
+    return;
+  }
+#endif
   for (int64_t k = 0; k < count; k += kRows) {
     const typename F::Word* from[kRows];
     float* row[kRows];
@@ -261,6 +291,7 @@ void backward(const AttentionBackward& b, int64_t panel, WidePanel<F>& w) {
 
 template <typename F>
 void backwards(const AttentionBackward& b, int64_t begin, int64_t end, float* scratch) {
+  const ProductScope<F> scope;
   WidePanel<F> w = wide_panel_at<F>(scratch, b.call.dim);
   for (int64_t panel = begin; panel < end; ++panel) backward(b, panel, w);
 }

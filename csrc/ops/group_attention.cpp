@@ -108,13 +108,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_attention_cpu(
   Tensor lse[2] = {
       torch::stable::new_empty(g.q[0], {g.groups, g.prefix, s.heads}, ScalarType::Float),
       torch::stable::new_empty(g.q[1], {s.batch, s.queries, s.heads}, ScalarType::Float)};
-  const cpu::AttentionSizes sizes = RLIR_CPU_KERNEL_BF16(attention_sizes)(s.bfloat16, s.dim);
+  const cpu::AttentionSizes sizes = RLIR_CPU_KERNEL_AMX(attention_sizes)(s.bfloat16, s.dim);
   const auto panels_of = [&](int64_t tokens) {
     return (tokens * s.group() + sizes.panel - 1) / sizes.panel;
   };
   const int64_t first = panels_of(g.prefix), later = panels_of(s.queries);
   const int64_t a_head = first + g.size * later;  // panels
-  const auto kernel = RLIR_CPU_KERNEL_BF16(attend);
+  const auto kernel = RLIR_CPU_KERNEL_AMX(attend);
   for_tasks(g.groups * s.kv_heads * a_head, sizes.scratch, [&](int64_t task, void* scratch) {
     const int64_t unit = task / a_head, panel = a_head - 1 - task % a_head;
     const int64_t part = panel < first ? 0 : 1 + (panel - first) / later;
@@ -161,8 +161,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_attention_backw
     float* base = sums.get<float>() + (kind * units + unit) * (shares * shared + g.size * own);
     return share >= 0 ? base + share * shared : base + shares * shared + member * own;
   };
-  const auto kernel = RLIR_CPU_KERNEL_BF16(attend_backward);
-  const int64_t scratch_bytes = RLIR_CPU_KERNEL_BF16(attend_backward_scratch)(s.bfloat16, s.dim);
+  const auto kernel = RLIR_CPU_KERNEL_AMX(attend_backward);
+  const int64_t scratch_bytes = RLIR_CPU_KERNEL_AMX(attend_backward_scratch)(s.bfloat16, s.dim);
   for_tasks(units * shares, scratch_bytes, [&](int64_t task, void* scratch) {
     const int64_t unit = task / shares, share = task % shares;
     const int64_t group = unit / s.kv_heads, head = unit % s.kv_heads, first = head * s.group();
@@ -193,7 +193,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_attention_backw
       kernel(a, 0, (a.call.queries.lanes() + cpu::kWidePanel - 1) / cpu::kWidePanel, scratch);
     }
   });
-  const auto store = RLIR_CPU_KERNEL_BF16(store_key_gradients);
+  const auto store = RLIR_CPU_KERNEL_AMX(store_key_gradients);
   torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t group = unit / s.kv_heads, head = unit % s.kv_heads;

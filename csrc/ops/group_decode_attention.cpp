@@ -42,7 +42,7 @@ Tensor group_decode_attention_cpu(const Tensor& q_in, const Tensor& prefix_k_in,
   const auto reach = attention_reach(kOp, m, q_positions, std::vector<int64_t>(s.batch, s.queries),
                                      keys, s.queries);
 
-  const cpu::AttentionSizes sizes = RLIR_CPU_KERNEL_BF16(attention_sizes)(s.bfloat16, s.dim);
+  const cpu::AttentionSizes sizes = RLIR_CPU_KERNEL_AMX(attention_sizes)(s.bfloat16, s.dim);
   const int64_t lanes = s.queries * s.group();  // of a rollout and key head
   const auto panels_of = [&](int64_t n) { return (n + sizes.panel - 1) / sizes.panel; };
   // Whole blocks of the prefix, where there is somebody to share them with.
@@ -71,7 +71,7 @@ Tensor group_decode_attention_cpu(const Tensor& q_in, const Tensor& prefix_k_in,
   };
   const int64_t panels = panels_of(lanes), group_panels = panels_of(group_size * lanes);
   if (group_size > 1) {
-    const auto kernel = RLIR_CPU_KERNEL_BF16(decode_prefix);
+    const auto kernel = RLIR_CPU_KERNEL_AMX(decode_prefix);
     for_tasks(groups * s.kv_heads * group_panels, sizes.scratch, [&](int64_t task, void* scratch) {
       const int64_t unit = task / group_panels, group = unit / s.kv_heads, head = unit % s.kv_heads;
       const int64_t blocks = shared_blocks(group);
@@ -80,7 +80,7 @@ Tensor group_decode_attention_cpu(const Tensor& q_in, const Tensor& prefix_k_in,
              state_of(group, head, 0), scratch);
     });
   }
-  const auto kernel = RLIR_CPU_KERNEL_BF16(decode_suffix);
+  const auto kernel = RLIR_CPU_KERNEL_AMX(decode_suffix);
   for_tasks(s.batch * s.kv_heads * panels, sizes.scratch, [&](int64_t task, void* scratch) {
     const int64_t unit = task / panels, row = unit / s.kv_heads, head = unit % s.kv_heads;
     const int64_t group = row / group_size;

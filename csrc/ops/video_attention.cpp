@@ -36,9 +36,9 @@ std::tuple<Tensor, Tensor> video_attention_cpu(const Tensor& q_in, const Tensor&
   const auto reach = attention_reach(
       kOp, m, q_positions, attention_lengths(kOp, "q_lengths", q_lengths, s.batch, s.queries), keys,
       s.queries);
-  const cpu::AttentionSizes sizes = RLIR_CPU_KERNEL_BF16(attention_sizes)(s.bfloat16, s.dim);
+  const cpu::AttentionSizes sizes = RLIR_CPU_KERNEL_AMX(attention_sizes)(s.bfloat16, s.dim);
   const int64_t panels = (s.queries * s.group() + sizes.panel - 1) / sizes.panel;
-  const auto kernel = RLIR_CPU_KERNEL_BF16(attend);
+  const auto kernel = RLIR_CPU_KERNEL_AMX(attend);
   // The last panels see most: they go first.
   for_tasks(s.batch * s.kv_heads * panels, sizes.scratch, [&](int64_t task, void* scratch) {
     const int64_t rest = task % (s.batch * s.kv_heads), head = rest % s.kv_heads,
@@ -135,8 +135,8 @@ std::tuple<Tensor, Tensor, Tensor> video_attention_backward_cpu(
     a.dq_stride = {0, dq.stride(1), dq.stride(2)};
     return a;
   };
-  const auto kernel = RLIR_CPU_KERNEL_BF16(attend_backward);
-  const int64_t scratch_bytes = RLIR_CPU_KERNEL_BF16(attend_backward_scratch)(s.bfloat16, s.dim);
+  const auto kernel = RLIR_CPU_KERNEL_AMX(attend_backward);
+  const int64_t scratch_bytes = RLIR_CPU_KERNEL_AMX(attend_backward_scratch)(s.bfloat16, s.dim);
   for_tasks(units * shares, scratch_bytes, [&](int64_t task, void* scratch) {
     cpu::AttentionBackward a = call_of(task / shares);
     a.sums.k[0] = dk_sums + task * share;
@@ -146,7 +146,7 @@ std::tuple<Tensor, Tensor, Tensor> video_attention_backward_cpu(
     const std::vector<int64_t> begins = shares_of(a.call.queries, shares);
     kernel(a, begins[task % shares], begins[task % shares + 1], scratch);
   });
-  const auto store = RLIR_CPU_KERNEL_BF16(store_key_gradients);
+  const auto store = RLIR_CPU_KERNEL_AMX(store_key_gradients);
   torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t b = unit / s.kv_heads, head = unit % s.kv_heads;

@@ -31,15 +31,28 @@ from torch import Tensor
 
 from rlir import _build_info, _library
 
+needs_amx = pytest.mark.skipif(amx.missing() != "", reason=amx.missing())
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
 
 @contextlib.contextmanager
 def instruction_set(name: str) -> Iterator[None]:
     """CPU kernels of one instruction set, or a lower one that this process is held to."""
-    before = torch.ops.rlir.cap_cpu_isa(name)
-    try:
-        yield
-    finally:
-        torch.ops.rlir.cap_cpu_isa(before)
+    with amx.tiles() if name == "amx" else contextlib.nullcontext():
+        before = torch.ops.rlir.cap_cpu_isa(name)
+        try:
+            yield
+        finally:
+            torch.ops.rlir.cap_cpu_isa(before)
 
 
 def _moved(value: Any, device: str) -> Any:
@@ -77,8 +90,6 @@ class Backend:
         kind, _, which = self.name.partition("-")
         with contextlib.ExitStack() as stack:
             if kind == "cpu":
-                if which == "amx":
-                    stack.enter_context(amx.tiles())
                 stack.enter_context(instruction_set(which))
             elif kind == "emu":
                 stack.enter_context(
@@ -101,6 +112,12 @@ def instruction_sets() -> list[str]:
     return [isa for isa in _build_info.cpu_isas if _library.CPU_ISAS.index(isa) <= best]
 
 
+def instruction_sets_and_amx() -> list[ParameterSet]:
+    """Those and amx, for pytest.mark.parametrize: skipped where its tiles cannot be emulated."""
+    names = [pytest.param(isa, id=isa) for isa in instruction_sets() if isa != "amx"]
+    return [*names, pytest.param("amx", marks=needs_amx, id="amx")]
+
+
 def native_backends(op: Callable[..., Any]) -> list[ParameterSet]:
     """The best CPU kernels of this machine, and those for AMX if the op has such a build."""
     names = [[isa for isa in instruction_sets() if isa != "amx"][-1]]
@@ -115,7 +132,7 @@ def parameter(backend: Backend) -> ParameterSet:
         no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
         marks = [pytest.mark.gpu, no_gpu]
     elif backend.name == "cpu-amx":
-        marks = [pytest.mark.skipif(amx.missing() != "", reason=amx.missing())]
+        marks = [needs_amx]
     return pytest.param(backend, marks=marks, id=backend.name)
 
 

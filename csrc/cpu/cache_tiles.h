@@ -132,15 +132,20 @@ inline int64_t value_groups(ValueGroup* groups, const Segment<F>& shared, const 
       groups[count] = {own.v + at / 2 * padded, own.next_v + at / 2 * padded};
     } else {
       for (int64_t i = 0; i < kGroupPairs; ++i) {
-        const int64_t here = slot + 2 * i, pair = (here - shared.count) / 2;
-        const uint32_t* from = here < shared.count               ? shared.v + here / 2 * padded
-                               : here < shared.count + own.count ? own.v + pair * padded
-                                                                 : nullptr;
+        const int64_t here = slot + 2 * i;
+#if defined(RLIR_FAULT_TILE_BORDER)
+        const bool prompt = slot < shared.count;
+#else
+        const bool prompt = here < shared.count;
+#endif
+        const Segment<F>& part = prompt ? shared : own;
+        const int64_t pair = (here - (prompt ? 0 : shared.count)) / 2;
+        const auto bytes = sizeof(uint32_t) * static_cast<uint64_t>(padded);
         uint32_t* to = copies + i * padded;
-        if (from == nullptr) {
-          __builtin_memset(to, 0, sizeof(uint32_t) * static_cast<uint64_t>(padded));
+        if (here < shared.count + own.count) {
+          __builtin_memcpy(to, part.v + pair * padded, bytes);
         } else {
-          __builtin_memcpy(to, from, sizeof(uint32_t) * static_cast<uint64_t>(padded));
+          __builtin_memset(to, 0, bytes);
         }
       }
       groups[count] = {copies, copies};
@@ -201,7 +206,9 @@ inline void attend_tiles(float* out, const uint32_t* q, int64_t queries, const S
           store_vector(sum + i, load_vector(sum + i) * splat(factor));
         }
       }
+#if !defined(RLIR_FAULT_TILE_CARRY)
       for (int64_t i = kKeyBlock; i < known; ++i) row[i - kKeyBlock] = row[i];
+#endif
     }
     known -= kKeyBlock;
     ValueGroup groups[kKeyBlock / (2 * kGroupPairs)];

@@ -275,7 +275,7 @@ def main() -> None:
                     mask=mask,
                 )
             )
-        found[f"{name} {dtype} {d}"] = digest.hexdigest()
+        found[f"{dtype} {name} {d}"] = digest.hexdigest()
     print(json.dumps(found))
 
 

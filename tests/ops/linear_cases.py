@@ -37,7 +37,7 @@ def main() -> None:
                 inputs = (x, weight.to(weights), bias)
                 for out in (torch.float32, torch.bfloat16):
                     results = with_gradients(linear, inputs, grad, dtype=out)
-                    note(f"linear {sizes} {dtype} {weights} {out}", results)
+                    note(f"{dtype} linear {sizes} {weights} {out}", results)
     for dtype in (torch.float32, torch.bfloat16):
         ids = torch.randint(7, (300,), generator=torch.Generator().manual_seed(0))
         weight, grad = normal(9, 37, dtype=dtype), normal(300, 37, dtype=dtype, seed=1)

@@ -3,7 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from backends import Backend, backends_of, instruction_set, instruction_sets
+from backends import (
+    Backend,
+    backends_of,
+    instruction_set,
+    instruction_sets,
+    instruction_sets_and_amx,
+    needs_amx,
+    threads,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from isas import assert_same_bits_everywhere
@@ -137,7 +145,7 @@ def test_any_shape(
     compare(Backend(f"cpu-{isa}", linear), (x, weight, bias), grad)
 
 
-@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("isa", instruction_sets_and_amx())
 @dtypes
 @pytest.mark.parametrize("rows", [3, 70])
 def test_has_the_bits_of_the_rollout_engine(rows: int, dtype: torch.dtype, isa: str) -> None:
@@ -149,7 +157,22 @@ def test_has_the_bits_of_the_rollout_engine(rows: int, dtype: torch.dtype, isa: 
 
 
 def test_bits_do_not_depend_on_instruction_set_or_threads() -> None:
-    assert_same_bits_everywhere("linear_cases.py")
+    assert_same_bits_everywhere("linear_cases.py", "torch.bfloat16 linear")
+
+
+@needs_amx
+@dtypes
+def test_bits_on_amx_do_not_depend_on_threads(dtype: torch.dtype) -> None:
+    found = []
+    for isa in (instruction_sets()[0], "amx", "amx"):
+        with instruction_set(isa), threads(len(found) + 1):
+            out = with_gradients(linear, operands(300, 70, 90, dtype)[:3], normal(300, 90))
+            few = linear(*operands(7, 400, 90, dtype)[:3])
+        found.append([*out, few])
+    (others, one, three) = found
+    assert all(a.equal(b) for a, b in zip(one, three, strict=True))
+    same = all(a.equal(b) for a, b in zip(one, others, strict=True))
+    assert same == (dtype == torch.float32), "tiles for pairs of bfloat16 alone"
 
 
 def test_gradcheck() -> None:

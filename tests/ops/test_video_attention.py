@@ -20,7 +20,7 @@ from attention_cases import (
     outputs,
     seen_by,
 )
-from backends import Backend, backends_of, instruction_sets
+from backends import Backend, backends_of, instruction_sets, needs_amx, threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from isas import assert_same_bits_everywhere
@@ -367,7 +367,22 @@ def test_bits_of_chunks(op: Backend, mask: Mask, cut: int, dtype: torch.dtype) -
 @needs_library
 def test_bits_do_not_depend_on_instruction_set_or_threads() -> None:
     """With group_decode_attention and group_attention."""
-    assert_same_bits_everywhere("attention_cases.py")
+    assert_same_bits_everywhere("attention_cases.py", "torch.bfloat16 ")
+
+
+@needs_amx
+@dtypes
+def test_bits_on_amx_do_not_depend_on_threads(dtype: torch.dtype) -> None:
+    """With the gradients. They differ from the others' only in bfloat16."""
+    x = inputs(1, 90, 150, (2, 1), 32, dtype, mask=MASKS["diagonal"])
+    found = []
+    for isa in ("avx512_bf16", "amx", "amx"):
+        with threads(len(found) + 1):
+            found.append(outputs(Backend(f"cpu-{isa}", video_attention), x))
+    others, two, three = found
+    assert all(a.equal(b) for a, b in zip(two, three, strict=True))
+    for of, a, b in zip(NAMES, two, others, strict=True):
+        assert a.equal(b) == (dtype == FLOAT), of
 
 
 # --- The operator --------------------------------------------------------------------------------

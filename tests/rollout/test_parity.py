@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from backends import instruction_set, instruction_sets
+from backends import instruction_set, instruction_sets_and_amx, needs_amx, threads
 from testkit import WORLD_MODEL, rlir, same, stirred
 from torch import Tensor
 
@@ -55,12 +55,14 @@ def drawn(
 
 
 @dtypes
-@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("isa", instruction_sets_and_amx())
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_bit(shape: str, isa: str, dtype: torch.dtype) -> None:
     with instruction_set(isa):
         model = policy(SHAPES[shape])
-        codes, blocks, logprob = drawn(model, dtype, prompts=2, group_size=3)
+        # Where tiles are emulated, an instruction takes its time.
+        prompts, group_size = (1, 2) if isa == "amx" else (2, 3)
+        codes, blocks, logprob = drawn(model, dtype, prompts, group_size)
         scored = token_logprob(model, codes, blocks, 0.85, dtype)
     assert scored.requires_grad
     assert same(scored, logprob)
@@ -82,6 +84,22 @@ def test_at_any_temperature(dtype: torch.dtype, temperature: float) -> None:
     model = policy()
     codes, blocks, logprob = drawn(model, dtype, 2, 2, temperature)
     assert same(token_logprob(model, codes, blocks, temperature, dtype), logprob)
+
+
+@needs_amx
+def test_on_amx_in_any_batch_and_on_any_number_of_threads() -> None:
+    """In bfloat16, with more heads than a tile has rows, and images of an odd size."""
+    sizes = {"rows": 3, "columns": 5, "hidden": 128, "heads": 64, "kv_heads": 1, "layers": 1}
+    model = policy(dataclasses.replace(WORLD_MODEL, **sizes))
+    with instruction_set("avx512_bf16"):
+        others = drawn(model, torch.bfloat16, 1, 3)
+    with instruction_set("amx"):
+        codes, blocks, logprob = drawn(model, torch.bfloat16, 1, 3)
+        assert not same(logprob, others[2]), "tiles did run"
+        assert same(token_logprob(model, codes[1:2], blocks[1:2], 0.85), logprob[1:2])
+        with threads(3):
+            assert same(drawn(model, torch.bfloat16, 1, 3)[2], logprob)
+            assert same(token_logprob(model, codes, blocks, 0.85), logprob)
 
 
 def test_of_the_embedded_model() -> None:
@@ -111,10 +129,10 @@ def test_on_any_number_of_threads() -> None:
     )
     folders = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     seen = []
-    for threads in (1, 3):
+    for count in (1, 3):
         done = subprocess.run(
-            [sys.executable, "-c", program, str(threads), *folders],
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            [sys.executable, "-c", program, str(count), *folders],
+            env={**os.environ, "OMP_NUM_THREADS": str(count)},
             capture_output=True,
             text=True,
             check=False,

@@ -373,7 +373,7 @@ def test_bits_do_not_depend_on_instruction_set_or_threads() -> None:
 @needs_amx
 @dtypes
 def test_bits_on_amx_do_not_depend_on_threads(dtype: torch.dtype) -> None:
-    """With the gradients. They differ from the others' only in bfloat16."""
+    """With the gradients. They are the others' in float32 alone, which shows in float32 results."""
     x = inputs(1, 90, 150, (2, 1), 32, dtype, mask=MASKS["diagonal"])
     found = []
     for isa in ("avx512_bf16", "amx", "amx"):
@@ -381,8 +381,8 @@ def test_bits_on_amx_do_not_depend_on_threads(dtype: torch.dtype) -> None:
             found.append(outputs(Backend(f"cpu-{isa}", video_attention), x))
     others, two, three = found
     assert all(a.equal(b) for a, b in zip(two, three, strict=True))
-    for of, a, b in zip(NAMES, two, others, strict=True):
-        assert a.equal(b) == (dtype == FLOAT), of
+    same = {of: a.equal(b) for of, a, b in zip(NAMES, two, others, strict=True)}
+    assert all(same.values()) if dtype == FLOAT else not same["lse"]
 
 
 # --- The operator --------------------------------------------------------------------------------

@@ -1,0 +1,360 @@
+// A tile of queries against keys on tensor cores: FlashAttention-2. Four warps with 16 kM rows of
+// the tile each go through blocks of 64 keys that cp.async brings through two stages; scores,
+// probabilities and the output's sums stay in registers (mma.sync m16n8k16, whose sums are laid out
+// as its left operand).
+//
+//   z' = s |scale| log2 e, m' = max(m, max z'), f = 2^(m - m'), e = bf16(2^(z' - m'))
+//   l  = l f + sum e,  acc = acc f + sum e v
+//
+// Blocks are anchored at slots of their part of the keys, and one that a query sees nothing of
+// changes none of its bits: f is 1 and e is 0. So a query's result does not depend on the others of
+// its tile. Sums of e are a product with ones.
+//
+// Keys that no row of a warp sees may hold anything, NaN as well: their scores are replaced, and
+// their values are read as zeros.
+#pragma once
+
+#include "cuda/attention.cuh"
+
+namespace rlir::cuda {
+namespace {
+
+constexpr float kLog2E = 0x1.715476p+0f, kLn2 = 0x1.62e430p-1f;
+constexpr uint32_t kOnes = 0x3f803f80u;  // two bf16
+
+// Which blocks a tile goes through: of parts first_part .. last_part, those from `begin` to `end`.
+struct BlockRange {
+  int first_part, last_part, begin, end;
+};
+
+template <int D, int kM>
+class AttentionTile {
+ public:
+  static constexpr int kRows = 64 * kM, kWarps = kAttentionThreads / 32;
+  static constexpr uint32_t kTile = kKeyBlock * D * 2;  // bytes; a stage has K and V
+  static constexpr size_t kShared = 4 * kTile + kRows * sizeof(Sight) + kWarps * sizeof(uint2);
+  static_assert(kM <= 2);  // queries come in through the second stage
+
+  // Rows first_row .. of `rows`, which belong to sequences from `sequence` on.
+  __device__ __forceinline__ void run(const Attention& a, int64_t sequence, int kv_head,
+                                      int first_row, int rows, const BlockRange& range,
+                                      unsigned char* shared) {
+    base_ = ptx::shared_address(shared);
+    sights_ = reinterpret_cast<Sight*>(shared + 4 * kTile);
+    scale_ = max(fabsf(a.scale), 0x1p-100f) * kLog2E;  // never 0: it is multiplied by -infinity
+    const Span tile = look(a, sequence, kv_head, first_row, rows, shared);
+#pragma unroll
+    for (int j = 0; j < kM; ++j) {
+      top_[j][0] = top_[j][1] = -INFINITY;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        total_[j][e] = 0.0f;
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n) sums_[j][n][e] = 0.0f;
+      }
+    }
+    const KeyCount keys = keys_of(a, sequence);
+    int begin[2], count[2] = {0, 0};
+#pragma unroll
+    for (int p = 0; p < 2; ++p) {
+      if (p < range.first_part || p > range.last_part) continue;
+      const int before = p == 0 ? 0 : keys.first, length = p == 0 ? keys.first : keys.all - before;
+      const int low = max(static_cast<int>(tile.low) - before, 0) / kKeyBlock;
+      const int high = min(static_cast<int>(tile.high) - before, length);
+      begin[p] = max(low, range.begin);
+      count[p] = max(min((high + kKeyBlock - 1) / kKeyBlock, range.end) - begin[p], 0);
+    }
+    const int blocks = count[0] + count[1];
+    if (blocks == 0) return;
+    const auto copy = [&](int i) {
+      const int p = i < count[0] ? 0 : 1;
+      const int first = (p == 0 ? begin[0] + i : begin[1] + i - count[0]) * kKeyBlock;
+      const int end = p == 0 ? keys.first : keys.all - keys.first;
+      const KeyPart& part = a.part[p];
+      const int64_t batch = p == 0 ? sequence / a.group : sequence;
+      const uint32_t to = base_ + i % 2 * 2 * kTile;
+      copy_keys<D, kKeyBlock>(to, head_of(part.k, batch, kv_head), part.k.token, first, end);
+      copy_keys<D, kKeyBlock>(to + kTile, head_of(part.v, batch, kv_head), part.v.token, first,
+                              end);
+    };
+    copy_queries<D, kRows>(base_ + 2 * kTile, a, a.q, sequence, kv_head, first_row, rows);
+    copy(0);
+    ptx::cp_async_commit();
+    load_queries(a.scale < 0.0f);
+#pragma unroll 1
+    for (int i = 0; i < blocks; ++i) {
+#if defined(RLIR_FAULT_COPY_WAIT)
+      ptx::cp_async_wait<1>();
+#else
+      ptx::cp_async_wait<0>();
+#endif
+#if !defined(RLIR_FAULT_COPY_BARRIER)
+      __syncthreads();  // the copies of all threads are there, and all have left the stage before
+#endif
+      if (i + 1 < blocks) copy(i + 1);
+      ptx::cp_async_commit();
+      const int slot = i < count[0] ? (begin[0] + i) * kKeyBlock
+                                    : keys.first + (begin[1] + i - count[0]) * kKeyBlock;
+      const uint32_t k = base_ + i % 2 * 2 * kTile;
+      if (!span_.touches(slot)) continue;
+      if (span_.covers(slot)) {
+        step<false>(a.mask, k, k + kTile, slot);
+      } else {
+        step<true>(a.mask, k, k + kTile, slot);
+      }
+    }
+    ptx::cp_async_wait<0>();
+  }
+
+  // Divides by the sums and writes [N][T][H][D] and lse.
+  __device__ __forceinline__ void finish(const Attention& a, int64_t sequence, int kv_head,
+                                         int first_row, int rows, void* out, float* lse) const {
+    const int lane = threadIdx.x % 32;
+    __syncthreads();  // all have left the stages: their memory takes rows of the output
+#pragma unroll
+    for (int j = 0; j < kM; ++j) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int in_tile = warp_row() + 16 * j + 8 * half + lane / 4, row = first_row + in_tile;
+        const float total = sees_nothing(in_tile) ? 0.0f : total_[j][2 * half];
+        const float inverse = total != 0.0f ? 1.0f / total : 0.0f;
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n) {
+          const float* s = &sums_[j][n][2 * half];
+          const uint32_t word =
+              total != 0.0f ? ptx::pack_bf16(s[0] * inverse, s[1] * inverse) : 0u;
+          ptx_store(in_tile, n, word);
+        }
+        if (lse != nullptr && lane % 4 == 0 && row < rows) {
+          const float value = top_[j][half] * scale_ + ptx::lg2(total);
+          lse[flat(a, query_of(a, sequence, kv_head, row))] =
+              total != 0.0f ? value * kLn2 : -INFINITY;
+        }
+      }
+    }
+#if !defined(RLIR_FAULT_WARP)
+    __syncwarp();
+#endif
+    constexpr int kChunks = D / 8;
+#pragma unroll
+    for (int e = lane; e < 16 * kM * kChunks; e += 32) {
+      const int in_tile = warp_row() + e / kChunks, chunk = e % kChunks;
+      if (first_row + in_tile >= rows) continue;
+      const int64_t at = flat(a, query_of(a, sequence, kv_head, first_row + in_tile)) * D;
+      *reinterpret_cast<uint4*>(static_cast<uint16_t*>(out) + at + 8 * chunk) =
+          *reinterpret_cast<const uint4*>(stage() + tile_at<D>(in_tile, chunk));
+    }
+  }
+
+  // Writes the sums as they are, and m and l: [N][T][H][D] floats, [N][T][H] pairs.
+  __device__ __forceinline__ void leave(const Attention& a, int64_t sequence, int kv_head,
+                                        int first_row, int rows, float* sums, float2* scales) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int j = 0; j < kM; ++j) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int in_tile = warp_row() + 16 * j + 8 * half + lane / 4, row = first_row + in_tile;
+        if (row >= rows) continue;
+        const int64_t at = flat(a, query_of(a, sequence, kv_head, row));
+        const float total = sees_nothing(in_tile) ? 0.0f : total_[j][2 * half];
+        if (lane % 4 == 0) scales[at] = make_float2(top_[j][half] * scale_, total);
+        if (total == 0.0f) continue;  // nobody will read them
+        float* to = sums + at * D + lane % 4 * 2;
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n) {
+          *reinterpret_cast<float2*>(to + 8 * n) =
+              make_float2(sums_[j][n][2 * half], sums_[j][n][2 * half + 1]);
+        }
+      }
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ int warp_row() { return threadIdx.x / 32 * 16 * kM; }
+  __device__ __forceinline__ unsigned char* stage() const {
+    return reinterpret_cast<unsigned char*>(sights_) - 4 * kTile;
+  }
+  __device__ __forceinline__ bool sees_nothing(int in_tile) const {
+    return sights_[in_tile].low == kNever;
+  }
+  __device__ __forceinline__ void ptx_store(int in_tile, int chunk, uint32_t word) const {
+    const int lane = threadIdx.x % 32;
+    *reinterpret_cast<uint32_t*>(stage() + tile_at<D>(in_tile, chunk) + lane % 4 * 4) = word;
+  }
+  static __device__ __forceinline__ const uint16_t* head_of(const Heads& x, int64_t batch,
+                                                            int head) {
+    return static_cast<const uint16_t*>(x.data) + batch * x.batch + head * x.head;
+  }
+
+  // What each row sees, to shared memory; of the warp's rows together; returns that of the tile's.
+  __device__ __forceinline__ Span look(const Attention& a, int64_t sequence, int kv_head,
+                                       int first_row, int rows, unsigned char* shared) {
+    const int lane = threadIdx.x % 32;
+    uint2* warps = reinterpret_cast<uint2*>(shared + 4 * kTile + kRows * sizeof(Sight));
+    span_ = no_span();
+    if (lane < 16 * kM) {
+      const int in_tile = warp_row() + lane;
+      Sight sight{kNever, 0, 0, 0};
+      if (first_row + in_tile < rows) {
+        const Query q = query_of(a, sequence, kv_head, first_row + in_tile);
+        sight = sight_of(a, q.sequence, q.token);
+      }
+      sights_[in_tile] = sight;
+      add(span_, sight);
+    }
+    __syncwarp();
+    span_ = over_warp(span_);
+    if (lane == 0) warps[threadIdx.x / 32] = make_uint2(span_.low, span_.high);
+    __syncthreads();
+    Span tile = no_span();
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      tile.low = min(tile.low, warps[w].x);
+      tile.high = max(tile.high, warps[w].y);
+    }
+    return tile;
+  }
+
+  // Of a negative scale the queries take the sign, so that the largest score is the largest z.
+  __device__ __forceinline__ void load_queries(bool negative) {
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < kM; ++j) {
+#pragma unroll
+      for (int k = 0; k < D / 16; ++k) {
+        load_left<D>(q_[j][k], base_ + 2 * kTile, warp_row() + 16 * j, 2 * k);
+        if (!negative) continue;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) q_[j][k][e] ^= 0x80008000u;
+      }
+    }
+  }
+
+  template <bool kMasked>
+  __device__ __forceinline__ void step(const AttentionMask& mask, uint32_t k, uint32_t v,
+                                       int slot) {
+    float s[kM][8][4];
+#pragma unroll
+    for (int j = 0; j < kM; ++j) {
+#pragma unroll
+      for (int n = 0; n < 8; ++n) s[j][n][0] = s[j][n][1] = s[j][n][2] = s[j][n][3] = 0.0f;
+    }
+#pragma unroll
+    for (int d = 0; d < D / 16; ++d) {
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        uint32_t b[4];
+        load_right<D>(b, k, 16 * n, 2 * d);
+#pragma unroll
+        for (int j = 0; j < kM; ++j) {
+          ptx::mma_bf16(s[j][2 * n], q_[j][d], b[0], b[1]);
+          ptx::mma_bf16(s[j][2 * n + 1], q_[j][d], b[2], b[3]);
+        }
+      }
+    }
+    uint32_t seen = kAllLanes;  // of keys 8 n + 2 (lane % 4) + e, bit 2 n + e: by a row of the warp
+    if constexpr (kMasked) seen = hide(mask, slot, s);
+    uint32_t p[kM][4][4];
+#pragma unroll
+    for (int j = 0; j < kM; ++j) {
+      rescale(j, s[j]);
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        p[j][n / 2][n % 2 * 2] = ptx::pack_bf16(s[j][n][0], s[j][n][1]);
+        p[j][n / 2][n % 2 * 2 + 1] = ptx::pack_bf16(s[j][n][2], s[j][n][3]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t even = pair_mask(seen >> 4 * i), odd = pair_mask(seen >> (4 * i + 2));
+#pragma unroll
+      for (int j = 0; j < kM; ++j) ptx::mma_bf16(total_[j], p[j][i], kOnes, kOnes);
+#pragma unroll
+      for (int d = 0; d < D / 16; ++d) {
+        uint32_t b[4];
+        load_across<D>(b, v, 16 * i, 2 * d);
+        if constexpr (kMasked) b[0] &= even, b[1] &= odd, b[2] &= even, b[3] &= odd;
+#pragma unroll
+        for (int j = 0; j < kM; ++j) {
+          ptx::mma_bf16(sums_[j][2 * d], p[j][i], b[0], b[1]);
+          ptx::mma_bf16(sums_[j][2 * d + 1], p[j][i], b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  static __device__ __forceinline__ uint32_t pair_mask(uint32_t bits) {
+    return ((bits & 1u) != 0 ? 0xffffu : 0u) | ((bits & 2u) != 0 ? 0xffff0000u : 0u);
+  }
+
+  // Scores that a row does not see become -infinity.
+  __device__ __forceinline__ uint32_t hide(const AttentionMask& mask, int slot,
+                                           float (&s)[kM][8][4]) const {
+    const int lane = threadIdx.x % 32;
+    const int tau[2] = {key_tau(mask, slot + lane), key_tau(mask, slot + 32 + lane)};
+    uint32_t seen = 0;
+#pragma unroll
+    for (int j = 0; j < kM; ++j) {
+      const Sight* sights = sights_ + warp_row() + 16 * j + lane / 4;
+      const Sight upper = sights[0], lower = sights[8];
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int at = 8 * n + lane % 4 * 2 + e;
+          const int own = __shfl_sync(kAllLanes, tau[n / 4], at % 32);
+          const bool first = sees(upper, slot + at, own), second = sees(lower, slot + at, own);
+          if (!first) s[j][n][e] = -INFINITY;
+          if (!second) s[j][n][2 + e] = -INFINITY;
+          if (first || second) seen |= 1u << (2 * n + e);
+        }
+      }
+    }
+#pragma unroll
+    for (int lanes = 4; lanes < 32; lanes *= 2) {
+      seen |= __shfl_xor_sync(kAllLanes, seen, lanes);
+    }
+    return seen;
+  }
+
+  // Scores to e; the sums so far to the new maximum.
+  __device__ __forceinline__ void rescale(int j, float (&s)[8][4]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float most = top_[j][half];
+#pragma unroll
+      for (int n = 0; n < 8; ++n) most = max(most, max(s[n][2 * half], s[n][2 * half + 1]));
+      most = max(most, __shfl_xor_sync(kAllLanes, most, 1));
+      most = max(most, __shfl_xor_sync(kAllLanes, most, 2));
+      const float reference = most == -INFINITY ? 0.0f : most * scale_;
+      const float factor = ptx::ex2(top_[j][half] * scale_ - reference);  // 1 where it is the same
+      top_[j][half] = most;
+      total_[j][2 * half] *= factor;
+      total_[j][2 * half + 1] *= factor;
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n) {
+        sums_[j][n][2 * half] *= factor;
+        sums_[j][n][2 * half + 1] *= factor;
+      }
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+#pragma unroll
+        for (int e = 2 * half; e < 2 * half + 2; ++e) {
+          s[n][e] = ptx::ex2(__fmaf_rn(s[n][e], scale_, -reference));
+        }
+      }
+    }
+  }
+
+  uint32_t q_[kM][D / 16][4];
+  float sums_[kM][D / 8][4], total_[kM][4], top_[kM][2];
+  float scale_;
+  uint32_t base_;
+  Sight* sights_;
+  Span span_;  // of the warp's rows
+};
+
+}  // namespace
+}  // namespace rlir::cuda

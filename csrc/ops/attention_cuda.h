@@ -1,0 +1,97 @@
+// What the CUDA ops of attention share: their inputs for the kernels. Shapes are checked already.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "cuda/video_attention.cuh"
+#include "ops/cuda_call.h"
+#include "ops/float_dtype.h"
+
+namespace rlir {
+
+class CudaAttention {
+ public:
+  CudaAttention(CudaCall& call, const char* op) : call_(call), op_(op) {}
+
+  // [N][T][H][D]; a copy if the kernels cannot take it as it lies.
+  cuda::Heads heads(const torch::stable::Tensor& x, const char* name) {
+    torch::stable::Tensor y = x;
+    if (!fits(x)) {
+      y = torch::stable::clone(torch::stable::contiguous(x));
+      kept_.push_back(y);
+    }
+    return {call_.in(y, name), y.stride(0), static_cast<int>(y.stride(1)),
+            static_cast<int>(y.stride(2))};
+  }
+
+  cuda::KeyPart keys(const torch::stable::Tensor& k, const torch::stable::Tensor& v,
+                     const std::optional<torch::stable::Tensor>& lengths) {
+    cuda::KeyPart part{heads(k, "k"), heads(v, "v"), k.size(1), nullptr, 0};
+    if (lengths) {
+      part.lengths = static_cast<const int64_t*>(call_.in(*lengths, "lengths of keys"));
+      part.length_stride = lengths->stride(0);
+    }
+    return part;
+  }
+
+  void queries(cuda::Attention& a, const torch::stable::Tensor& q,
+               const std::optional<torch::stable::Tensor>& positions,
+               const std::optional<torch::stable::Tensor>& lengths) {
+    a.dtype = float_dtype(op_, q);
+    a.q = heads(q, "q");
+    a.sequences = q.size(0);
+    a.tokens = q.size(1);
+    a.heads = q.size(2);
+    a.depth = q.size(3);
+    if (positions) {
+      const bool each = positions->dim() == 2;
+      a.positions = static_cast<const int64_t*>(call_.in(*positions, "q_positions"));
+      a.position_batch = each ? positions->stride(0) : 0;
+      a.position_token = positions->stride(each ? 1 : 0);
+    }
+    if (lengths) {
+      a.q_lengths = static_cast<const int64_t*>(call_.in(*lengths, "q_lengths"));
+      a.q_length_stride = lengths->stride(0);
+    }
+  }
+
+  float* scratch(const torch::stable::Tensor& like, const char* name, int64_t count) {
+    kept_.push_back(
+        torch::stable::new_empty(like, {count}, torch::headeronly::ScalarType::Float));
+    return static_cast<float*>(call_.out(kept_.back(), name));
+  }
+
+  // Rows of queries that share a head of keys, and so the tiles, are counted in 32 bits.
+  void check_counts(const cuda::Attention& a, int64_t members) const {
+    const int64_t rows = members * a.tokens * (a.heads / a.kv_heads);
+    const int64_t slots = a.part[0].slots + (a.parts > 1 ? a.part[1].slots : 0);
+    RLIR_CHECK(rows < INT32_MAX / 2, op_, ": queries that share keys must be below 2^30, got ",
+               rows);
+    RLIR_CHECK(slots < INT32_MAX / 2, op_, ": keys must be below 2^30, got ", slots);
+    RLIR_CHECK(rows * a.sequences / members * a.kv_heads < INT32_MAX, op_,
+               ": queries times heads must be below 2^31, got ", a.sequences * a.tokens * a.heads);
+  }
+
+ private:
+  // Strides of 16 bytes, for copies of that size.
+  static bool fits(const torch::stable::Tensor& x) {
+    if (x.numel() == 0) return true;
+    const int64_t step = x.scalar_type() == torch::headeronly::ScalarType::BFloat16 ? 8 : 1;
+    bool fits = x.stride(3) == 1 && (step == 1 || reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0);
+    for (int d = 0; d < 3; ++d) {
+      if (x.size(d) == 1) continue;
+      fits = fits && x.stride(d) % step == 0 && (d == 0 || x.stride(d) <= INT32_MAX);
+    }
+    return fits;
+  }
+
+  CudaCall& call_;
+  const char* op_;
+  std::vector<torch::stable::Tensor> kept_;
+};
+
+}  // namespace rlir

@@ -59,8 +59,7 @@ struct Reach {
 constexpr int64_t kNoOwn = INT64_MAX;
 
 // What a query at `position` sees of `keys` slots.
-RLIR_ANYWHERE static inline Reach reach_of(const AttentionMask& m, int64_t position,
-                                           int64_t keys) {
+RLIR_ANYWHERE static inline Reach reach_of(const AttentionMask& m, int64_t position, int64_t keys) {
   Reach r{0, position + 1, kNoOwn, 0};
   if (m.kind == MaskKind::kCausal) {
     if (m.window > 0 && r.high > m.window) r.low = r.high - m.window;

@@ -31,6 +31,8 @@ static constexpr int kWidth = 8;
 #else
 static constexpr int kWidth = 4;
 #endif
+// Vectors of a group of 16, the unit of sums over a row.
+static constexpr int kPer16 = kWidth > 1 ? 16 / kWidth : 16;
 
 #if defined(RLIR_KERNEL_SOURCE)
 typedef float Vf;

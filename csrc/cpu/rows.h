@@ -9,8 +9,6 @@
 namespace rlir::cpu {
 namespace {  // nothing here may be shared between instruction sets
 
-constexpr int kPer16 = 16 / kWidth;
-
 // kWidth elements from x[at] on.
 inline Vf load_values(const void* x, Dtype dtype, int64_t at) {
   if (dtype == Dtype::kFloat32) return load_vector(static_cast<const float*>(x) + at);

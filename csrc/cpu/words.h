@@ -17,7 +17,6 @@ namespace rlir::cpu {
 namespace {  // nothing here may be shared between instruction sets
 
 constexpr int64_t kLanes16 = 16;  // rows of floats are padded to whole groups of 16
-constexpr int kPer16 = 16 / kWidth;
 
 typedef uint32_t Vu __attribute__((vector_size(kWidth * 4)));
 

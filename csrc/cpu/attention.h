@@ -1,0 +1,592 @@
+// What the kernels of the attention ops are made of: panels of queries, blocks of keys. Formulas,
+// order and bits: cpu/video_attention.h. Formats are those of cpu/words.h.
+//
+// Internal linkage: compiled once per instruction set.
+#pragma once
+
+#include "core/exp2.h"
+#include "cpu/softmax.h"
+#include "cpu/video_attention.h"
+#include "cpu/words.h"
+
+namespace rlir::cpu {
+namespace {  // nothing here may be shared between instruction sets
+
+constexpr int64_t kBlockRows = kKeyBlock + kRows;  // of a panel's scores: products fill whole tiles
+constexpr float kLn2 = 0x1.62e430p-1f;
+
+inline int64_t padded_dim(int64_t dim) { return round_up(dim, 16) + kRows; }
+inline int32_t clamped(int64_t x) {
+  return static_cast<int32_t>(x < 0 ? 0 : x > INT32_MAX ? INT32_MAX : x);
+}
+
+// Element `at` of a tensor of the call's dtype.
+inline const void* element(bool bfloat16, const void* x, int64_t at) {
+  return static_cast<const char*>(x) + at * (bfloat16 ? 2 : 4);
+}
+inline void* element(bool bfloat16, void* x, int64_t at) {
+  return static_cast<char*>(x) + at * (bfloat16 ? 2 : 4);
+}
+
+// --- Words of rows -------------------------------------------------------------------------------
+
+inline float float_of(uint16_t bits) {
+  return __builtin_bit_cast(float, static_cast<uint32_t>(bits) << 16);
+}
+
+// Word w of a row of `dim` elements; beyond the end are zeros.
+template <typename F>
+inline typename F::Word row_word(const void* row, int64_t w, int64_t dim) {
+  if constexpr (F::kPerWord == 2) {
+    const auto* x = static_cast<const uint16_t*>(row);
+    const uint32_t low = x[2 * w];
+    return 2 * w + 1 < dim ? low | static_cast<uint32_t>(x[2 * w + 1]) << 16 : low;
+  } else if constexpr (F::kSwapped) {
+    const int64_t d = w ^ 1;
+    return d < dim ? float_of(static_cast<const uint16_t*>(row)[d]) : 0.0f;
+  } else {
+    return static_cast<const float*>(row)[w];
+  }
+}
+
+// panel [words][kPanel]: one row goes to a lane.
+template <typename F>
+inline void put_lane(typename F::Word* panel, int lane, const void* row, int64_t dim) {
+  const int64_t words = words_for<F>(dim);
+  if (row == nullptr) {
+    for (int64_t w = 0; w < words; ++w) panel[w * kPanel + lane] = {};
+    return;
+  }
+  if constexpr (F::kPerWord == 2) {
+    const auto* x = static_cast<const uint16_t*>(row);
+    const int64_t whole = dim / 2;
+    for (int64_t w = 0; w < whole; ++w) {
+      uint32_t word;
+      __builtin_memcpy(&word, x + 2 * w, sizeof word);
+      panel[w * kPanel + lane] = word;
+    }
+    if (whole < words) panel[whole * kPanel + lane] = row_word<F>(row, whole, dim);
+  } else {
+    for (int64_t w = 0; w < words; ++w) panel[w * kPanel + lane] = row_word<F>(row, w, dim);
+  }
+}
+
+// Rows for the broadcast side of a product: where they lie, or a copy.
+template <typename F>
+struct Rows {
+  const typename F::Word* first;
+  int64_t stride;
+};
+
+// What holds slots [start, start + count) if they lie in one segment.
+inline int segment_of(const KeySource& s, int64_t start, int64_t count) {
+  if (start + count <= s.count[0]) return 0;
+  return start >= s.count[0] ? 1 : -1;
+}
+
+inline const void* slot_row(bool bfloat16, const KeySource& s, bool values, int64_t slot) {
+  const int part = slot < s.count[0] ? 0 : 1;
+  const int64_t at = part == 0 ? slot : slot - s.count[0];
+  return values ? element(bfloat16, s.v[part], at * s.v_stride[part])
+                : element(bfloat16, s.k[part], at * s.k_stride[part]);
+}
+
+// Keys (or values) of a block as words along d.
+template <typename F>
+inline Rows<F> block_rows(const KeySource& s, bool values, int64_t start, int64_t count,
+                          int64_t dim, void* copy) {
+  using Word = typename F::Word;
+  constexpr int64_t kPer = F::kPerWord;
+  constexpr bool kBFloat16 = kPer == 2 || F::kSwapped;
+  const int part = segment_of(s, start, count);
+  if (!F::kSwapped && part >= 0 && dim % kPer == 0) {
+    const int64_t stride = values ? s.v_stride[part] : s.k_stride[part];
+    const void* first = slot_row(kBFloat16, s, values, start);
+    if (stride % kPer == 0 && reinterpret_cast<uintptr_t>(first) % sizeof(Word) == 0) {
+      return {static_cast<const Word*>(first), stride / kPer};
+    }
+  }
+  const int64_t words = words_for<F>(dim);
+  Word* to = static_cast<Word*>(copy);
+  for (int64_t i = 0; i < count; ++i) {
+    const void* row = slot_row(kBFloat16, s, values, start + i);
+    for (int64_t w = 0; w < words; ++w) to[i * words + w] = row_word<F>(row, w, dim);
+  }
+  return {to, words};
+}
+
+// --- Columns: words along key slots (or along queries)
+// --------------------------------------------
+
+// Rows x0 and x1 [n] of two neighbouring slots as words; null is a row of zeros. Both rows of words
+// are written. n elements, and of the words those up to a multiple of 16.
+template <typename F>
+inline void pair_rows(typename F::Word* out, int64_t stride, const void* x0, const void* x1,
+                      int64_t n) {
+  if constexpr (F::kPerWord == 2) {
+    const auto *a = static_cast<const uint16_t*>(x0), *b = static_cast<const uint16_t*>(x1);
+    int64_t i = 0;
+#if defined(__AVX512BF16__)
+    for (; i + 16 <= n; i += 16) {
+      __m256i low = {}, high = {};
+      if (a != nullptr) __builtin_memcpy(&low, a + i, sizeof low);
+      if (b != nullptr) __builtin_memcpy(&high, b + i, sizeof high);
+      const __m512i word = _mm512_or_si512(
+          _mm512_maskz_cvtepu16_epi32(0xffff, low),
+          _mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, high), 16));
+      __builtin_memcpy(out + i, &word, sizeof word);
+    }
+#endif
+    for (; i < n; ++i) {
+      out[i] = (a != nullptr ? uint32_t{a[i]} : 0u) | (b != nullptr ? uint32_t{b[i]} << 16 : 0u);
+    }
+    for (; i % 16 != 0; ++i) out[i] = 0;
+  } else {
+    typename F::Word *first = F::kSwapped ? out + stride : out,
+                     *second = F::kSwapped ? out : out + stride;
+    const auto value = [](const void* x, int64_t i) {
+      if (x == nullptr) return 0.0f;
+      if constexpr (F::kSwapped) return float_of(static_cast<const uint16_t*>(x)[i]);
+      return static_cast<const float*>(x)[i];
+    };
+    for (int64_t i = 0; i < round_up(n, 16); ++i) {
+      first[i] = i < n ? value(x0, i) : 0.0f;
+      second[i] = i < n ? value(x1, i) : 0.0f;
+    }
+  }
+}
+
+// Two vectors of neighbouring slots as words; returns the values that they hold.
+struct TwoVectors {
+  Vf even, odd;
+};
+template <typename F>
+inline TwoVectors put_pair(typename F::Word* out, int64_t stride, Vf even, Vf odd) {
+#if defined(__AVX512BF16__)
+  if constexpr (F::kPerWord == 2) {
+    alignas(64) static const uint16_t kInterleave[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                         21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                         11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    __m512i order;
+    __builtin_memcpy(&order, kInterleave, sizeof order);
+    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+    const __m512i word = _mm512_maskz_permutexvar_epi16(~__mmask32{0}, order, halves);
+    __builtin_memcpy(out, &word, sizeof word);
+    const Vu bits = (Vu)word;
+    return {(Vf)(bits << 16), (Vf)(bits & 0xffff0000u)};
+  }
+#endif
+  const Vf a = F::rounded(even), b = F::rounded(odd);
+  if constexpr (F::kSwapped) {
+    store_vector(reinterpret_cast<float*>(out), b);
+    store_vector(reinterpret_cast<float*>(out) + stride, a);
+  } else {
+    store_vector(reinterpret_cast<float*>(out), a);
+    store_vector(reinterpret_cast<float*>(out) + stride, b);
+  }
+  return {a, b};
+}
+
+// sums[d][lanes] += over `steps` words: column [steps][kPanel] of the lanes, words v
+// [steps][stride] of d broadcast. Rows d .. d + kRows - 1; past the last one it is repeated, into
+// unused space.
+template <typename F, int kUsed>
+__attribute__((noinline)) void column_tile(float* sums, const typename F::Word* column,
+                                           const typename F::Word* const* v, int64_t stride,
+                                           int64_t steps) {
+  Vf c[kRows][kUsed];
+  const typename F::Word* at[kRows];
+#pragma GCC unroll 8
+  for (int j = 0; j < kRows; ++j) {
+    at[j] = v[j];
+#pragma GCC unroll 4
+    for (int i = 0; i < kUsed; ++i) c[j][i] = load_vector(sums + j * kPanel + i * kWidth);
+  }
+  for (int64_t s = 0; s < steps; ++s) {
+    typename F::Lanes lanes[kUsed];
+#pragma GCC unroll 4
+    for (int i = 0; i < kUsed; ++i) lanes[i] = F::load_lanes(column + s * kPanel + i * kWidth);
+#pragma GCC unroll 8
+    for (int j = 0; j < kRows; ++j) {
+      const typename F::Lanes value = F::broadcast(at[j] + s * stride);
+#pragma GCC unroll 4
+      for (int i = 0; i < kUsed; ++i) c[j][i] = F::multiply_add(lanes[i], value, c[j][i]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < kRows; ++j) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kUsed; ++i) store_vector(sums + j * kPanel + i * kWidth, c[j][i]);
+  }
+}
+
+template <typename F>
+inline typename F::Lanes spread(typename F::Word word) {
+  return F::broadcast(&word);
+}
+
+template <typename F>
+inline void add_columns(float* sums, const typename F::Word* column, const typename F::Word* v,
+                        int64_t stride, int64_t steps, int64_t dim, int used) {
+  for (int64_t d = 0; d < dim; d += kRows) {
+    const typename F::Word* rows[kRows];
+    for (int j = 0; j < kRows; ++j) rows[j] = v + at_most(d + j, dim - 1);
+    float* to = sums + d * kPanel;
+    if (used >= kVectors) {
+      column_tile<F, kVectors>(to, column, rows, stride, steps);
+    } else if (kVectors > 3 && used == 3) {
+      column_tile<F, 3>(to, column, rows, stride, steps);
+    } else if (used == 2) {
+      column_tile<F, 2>(to, column, rows, stride, steps);
+    } else {
+      column_tile<F, 1>(to, column, rows, stride, steps);
+    }
+  }
+}
+
+// --- What a panel sees ---------------------------------------------------------------------------
+
+struct PanelReach {
+  int32_t low[kPanel], high[kPanel], own[kPanel], tau[kPanel];
+  int64_t least_low, most_low, least_high, most_high, least_own;
+
+  void set(int lane, const Reach& r) {
+    low[lane] = clamped(r.low);
+    high[lane] = clamped(r.high);
+    own[lane] = clamped(r.own);
+    tau[lane] = r.tau;
+  }
+
+  // Extremes of the lanes that see something; the lanes beyond are as the last one.
+  void finish(int lanes) {
+    for (int i = lanes; i < kPanel; ++i) {
+      low[i] = low[lanes - 1];
+      high[i] = high[lanes - 1];
+      own[i] = own[lanes - 1];
+      tau[i] = tau[lanes - 1];
+    }
+    least_low = least_own = INT32_MAX;
+    most_low = most_high = 0;
+    least_high = INT32_MAX;
+    for (int i = 0; i < lanes; ++i) {
+      if (low[i] >= high[i]) {
+        least_high = 0;  // then no block is seen by all
+        continue;
+      }
+      least_low = low[i] < least_low ? low[i] : least_low;
+      most_low = low[i] > most_low ? low[i] : most_low;
+      least_high = high[i] < least_high ? high[i] : least_high;
+      most_high = high[i] > most_high ? high[i] : most_high;
+      least_own = own[i] < least_own ? own[i] : least_own;
+    }
+  }
+
+  int64_t first_block() const { return least_low / kKeyBlock; }
+  int64_t last_block() const { return (most_high + kKeyBlock - 1) / kKeyBlock; }  // exclusive
+  bool seen_by_all(int64_t start, int64_t end) const {
+    return start >= most_low && end <= least_high && end <= least_own;
+  }
+};
+
+inline bool any_lane(Vi x) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)x, (__m512i)x) != 0;
+#else
+  int32_t any = 0;
+  for (int i = 0; i < kWidth; ++i) any |= x[i];
+  return any != 0;
+#endif
+}
+
+inline Vi load_ints(const int32_t* x) {
+  Vi v;
+  __builtin_memcpy(&v, x, sizeof v);
+  return v;
+}
+
+inline Vi seen_lanes(const PanelReach& r, int i, int32_t slot, int32_t tau) {
+  const Vi k = Vi{} + slot;
+  const Vi inside = (load_ints(r.low + i) <= k) & (k < load_ints(r.high + i));
+  return inside & ((k < load_ints(r.own + i)) | (load_ints(r.tau + i) >= Vi{} + tau));
+}
+
+// scores [count][kPanel] of slots `start` on: -infinity where not seen. seen[k]: by any lane.
+inline void mask_scores(const AttentionMask& mask, const PanelReach& r, int64_t start,
+                        int64_t count, int used, float* scores, bool* seen) {
+  for (int64_t k = 0; k < count; ++k) {
+    const int64_t slot = start + k;
+    const int32_t tau = slot >= r.least_own ? tau_of(mask, slot) : 0;
+    Vi any = {};
+    for (int i = 0; i < used * kWidth; i += kWidth) {
+      const Vi inside = seen_lanes(r, i, static_cast<int32_t>(slot), tau);
+      any |= inside;
+      float* at = scores + k * kPanel + i;
+      store_vector(at, select(inside, load_vector(at), splat(minus_infinity())));
+    }
+    seen[k] = any_lane(any);
+  }
+}
+
+// --- A panel of queries --------------------------------------------------------------------------
+
+template <typename F>
+struct Panel {
+  using Word = typename F::Word;
+  static constexpr bool kBFloat16 = F::kPerWord == 2 || F::kSwapped;
+
+  int lanes, used;  // of kPanel; vectors
+  PanelReach reach;
+  Word* q;             // [words][kPanel]
+  float* scores;       // [kBlockRows][kPanel], then weights in their place
+  float* sums;         // [padded_dim][kPanel]: out times l
+  float *maximum, *l;  // [kPanel]
+  Word *values, *copy;
+};
+
+template <typename F>
+inline int64_t panel_floats(int64_t dim) {
+  const int64_t words = round_up(words_for<F>(dim), 16), block = kKeyBlock * round_up(dim, 16);
+  return (words + kBlockRows + padded_dim(dim) + 2) * kPanel + 2 * block;
+}
+
+template <typename F>
+inline Panel<F> panel_at(float* space, int64_t dim) {
+  const int64_t words = round_up(words_for<F>(dim), 16), block = kKeyBlock * round_up(dim, 16);
+  Panel<F> p;
+  const auto take = [&space](int64_t n) {
+    float* at = space;
+    space += n;
+    return at;
+  };
+  p.q = reinterpret_cast<typename F::Word*>(take(words * kPanel));
+  p.scores = take(kBlockRows * kPanel);
+  p.sums = take(padded_dim(dim) * kPanel);
+  p.maximum = take(kPanel);
+  p.l = take(kPanel);
+  p.values = reinterpret_cast<typename F::Word*>(take(block));
+  p.copy = reinterpret_cast<typename F::Word*>(take(block));
+  return p;
+}
+
+// Where lane number `lane` of all queries stands.
+struct LanePlace {
+  int64_t member, token, head;
+  int64_t at(const LaneStrides& s) const {
+    return member * s.member + token * s.token + head * s.head;
+  }
+};
+inline LanePlace lane_place(const Queries& a, int64_t lane) {
+  const int64_t row = lane / a.heads;
+  return {row / a.tokens, row % a.tokens, lane % a.heads};
+}
+
+template <typename F>
+inline void load_queries(Panel<F>& p, const VideoAttention& a, int64_t first) {
+  p.lanes = static_cast<int>(at_most(a.queries.lanes() - first, kPanel));
+  p.used = (p.lanes + kWidth - 1) / kWidth;
+  for (int i = 0; i < p.used * kWidth; ++i) {
+    if (i >= p.lanes) {
+      put_lane<F>(p.q, i, nullptr, a.dim);
+      continue;
+    }
+    const LanePlace place = lane_place(a.queries, first + i);
+    p.reach.set(i, a.queries.reach[place.member * a.queries.tokens + place.token]);
+    put_lane<F>(p.q, i, element(Panel<F>::kBFloat16, a.queries.q, place.at(a.queries.stride)),
+                a.dim);
+  }
+  p.reach.finish(p.lanes);
+}
+
+template <typename F>
+inline void clear_state(Panel<F>& p, int64_t dim) {
+  for (int64_t i = 0; i < round_up(dim, kRows) * kPanel; i += kWidth) {
+    store_vector(p.sums + i, Vf{});
+  }
+  for (int i = 0; i < kPanel; i += kWidth) {
+    store_vector(p.maximum + i, splat(minus_infinity()));
+    store_vector(p.l + i, Vf{});
+  }
+}
+
+// Values of a block as words along the slots: [pairs][dim padded]. Rows that nobody sees are zeros.
+// Returns whether all values are finite, where `check` asks for it.
+template <typename F>
+inline bool pack_values(const VideoAttention& a, int64_t start, int64_t count, const bool* seen,
+                        typename F::Word* out) {
+  constexpr bool kBFloat16 = Panel<F>::kBFloat16;
+  constexpr int64_t kPer = F::kPerWord;
+  const int64_t stride = round_up(a.dim, 16);
+  uint32_t special = 0;
+  for (int64_t k = 0; k < count; k += 2) {
+    const void* row[2];
+    for (int i = 0; i < 2; ++i) {
+      const bool there = k + i < count && (seen == nullptr || seen[k + i]);
+      row[i] = there ? slot_row(kBFloat16, a.keys, true, start + k + i) : nullptr;
+    }
+    typename F::Word* to = out + k / kPer * stride;
+    pair_rows<F>(to, stride, row[0], row[1], a.dim);
+    if (seen == nullptr) continue;
+    for (int64_t i = 0; i < 2 / kPer * stride; ++i) {
+      const uint32_t bits = __builtin_bit_cast(uint32_t, to[i]);
+      special |= (bits & 0x7f800000u) == 0x7f800000u;
+      if (kPer == 2) special |= (bits & 0x7f80u) == 0x7f80u;
+    }
+  }
+  return special == 0;
+}
+
+// Weights of a block in place of the scores; sums are rescaled to the new maximum.
+template <typename F>
+inline void softmax_block(Panel<F>& p, int64_t count, int64_t dim, float scale) {
+  using Word = typename F::Word;
+  constexpr int kDegree = Panel<F>::kBFloat16 ? 4 : 6;
+  bool grows = false;
+  alignas(64) float factors[kPanel];
+  for (int lane = 0; lane < p.used * kWidth; lane += kWidth) {
+    float* column = p.scores + lane;
+    Vf maxima[4];
+    for (Vf& m : maxima) m = splat(minus_infinity());
+    int64_t k = 0;
+    for (; k + 4 <= count; k += 4) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j)
+        maxima[j] = max(load_vector(column + (k + j) * kPanel), maxima[j]);
+    }
+    for (; k < count; ++k) maxima[0] = max(load_vector(column + k * kPanel), maxima[0]);
+    const Vf best = max(max(maxima[0], maxima[1]), max(maxima[2], maxima[3])) * splat(scale);
+    const Vf before = load_vector(p.maximum + lane), now = max(best, before);
+    const Vf reference = reference_of(now);
+    const Vf factor = select(before == now, splat(1.0f), exp2_weight<6>(before - reference));
+    grows = grows || any_lane(before != now);
+    store_vector(factors + lane, factor);
+    store_vector(p.maximum + lane, now);
+    Vf sums[kSoftmaxLanes] = {};
+    for (k = 0; k < count; k += 16) {
+      if (k + 16 <= count) {
+#pragma GCC unroll 8
+        for (int j = 0; j < 16; j += 2) {
+          const float* at = column + (k + j) * kPanel;
+          const Vf even = exp2_weight<kDegree>(fma(load_vector(at), splat(scale), -reference));
+          const Vf odd =
+              exp2_weight<kDegree>(fma(load_vector(at + kPanel), splat(scale), -reference));
+          Word* to = reinterpret_cast<Word*>(column) + (k + j) / F::kPerWord * kPanel;
+          const TwoVectors e = put_pair<F>(to, kPanel, even, odd);
+          sums[j] += e.even;
+          sums[j + 1] += e.odd;
+        }
+        continue;
+      }
+      for (int j = 0; k + j < count; j += 2) {
+        const float* at = column + (k + j) * kPanel;
+        const Vf even = exp2_weight<kDegree>(fma(load_vector(at), splat(scale), -reference));
+        Vf odd = {};
+        if (k + j + 1 < count) {
+          odd = exp2_weight<kDegree>(fma(load_vector(at + kPanel), splat(scale), -reference));
+        }
+        Word* to = reinterpret_cast<Word*>(column) + (k + j) / F::kPerWord * kPanel;
+        const TwoVectors e = put_pair<F>(to, kPanel, even, odd);
+        sums[j] += e.even;
+        sums[j + 1] += e.odd;
+      }
+    }
+    fold_lanes(sums);
+    store_vector(p.l + lane, fma(load_vector(p.l + lane), factor, sums[0]));
+  }
+  if (!grows) return;
+  for (int64_t d = 0; d < dim; ++d) {
+    for (int lane = 0; lane < p.used * kWidth; lane += kWidth) {
+      float* at = p.sums + d * kPanel + lane;
+      store_vector(at, load_vector(at) * load_vector(factors + lane));
+    }
+  }
+}
+
+// Values that are not finite, and some lane does not see them: each lane by itself, with what it
+// does not see left out.
+template <typename F>
+inline void add_values_apart(Panel<F>& p, const VideoAttention& a, int64_t start, int64_t count) {
+  using Word = typename F::Word;
+  const int64_t steps = words_of<F>(count, true), stride = round_up(a.dim, 16);
+  for (int lane = 0; lane < p.lanes; ++lane) {
+    bool seen[kKeyBlock];
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t slot = start + k;
+      seen[k] = slot >= p.reach.low[lane] && slot < p.reach.high[lane] &&
+                (slot < p.reach.own[lane] || tau_of(a.mask, slot) <= p.reach.tau[lane]);
+    }
+    pack_values<F>(a, start, count, seen, p.values);
+    const Word* weights = reinterpret_cast<const Word*>(p.scores) + lane;
+    for (int64_t d = 0; d < a.dim; ++d) {
+      Vf sum = splat(p.sums[d * kPanel + lane]);
+      for (int64_t s = 0; s < steps; ++s) {
+        sum = F::multiply_add(spread<F>(weights[s * kPanel]),
+                              F::broadcast(p.values + s * stride + d), sum);
+      }
+      p.sums[d * kPanel + lane] = sum[0];
+    }
+  }
+}
+
+// Blocks [first, last) of those that the panel sees.
+template <typename F>
+inline void attend_blocks(Panel<F>& p, const VideoAttention& a, int64_t first, int64_t last) {
+  const int64_t begin = first > p.reach.first_block() ? first : p.reach.first_block();
+  const int64_t end = at_most(last, p.reach.last_block());
+  const int64_t words = words_for<F>(a.dim), stride = round_up(a.dim, 16);
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t start = block * kKeyBlock;
+    const int64_t count = at_most(p.reach.most_high - start, kKeyBlock);
+    const Rows<F> keys = block_rows<F>(a.keys, false, start, count, a.dim, p.copy);
+    panel_product<F>(p.scores, keys.first, keys.stride, count, p.q, words,
+                     static_cast<int>(p.lanes), false);
+    bool seen[kKeyBlock];
+    const bool all = p.reach.seen_by_all(start, start + count);
+    if (!all) mask_scores(a.mask, p.reach, start, count, p.used, p.scores, seen);
+    softmax_block<F>(p, count, a.dim, a.scale);
+    const bool finite = pack_values<F>(a, start, count, all ? nullptr : seen, p.values);
+    if (!finite) {
+      add_values_apart<F>(p, a, start, count);
+      continue;
+    }
+    add_columns<F>(p.sums, reinterpret_cast<const typename F::Word*>(p.scores), p.values, stride,
+                   words_of<F>(count, true), a.dim, p.used);
+  }
+}
+
+// x [lanes] of a panel's row of sums to the rows of the lanes, each rounded once.
+template <typename F>
+inline void store_lane(void* to, const float* column, int64_t dim, float factor) {
+  for (int64_t d = 0; d < dim; d += kWidth) {
+    Vf x = {};
+    const int64_t n = at_most(kWidth, dim - d);
+    for (int64_t i = 0; i < n; ++i) x[i] = column[(d + i) * kPanel];
+    x = x * splat(factor);
+    if constexpr (Panel<F>::kBFloat16) {
+      const Vu bits = (Vu)x;
+      const Vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+      const Vu out = (bits & 0x7fffffffu) > 0x7f800000u ? Vu{} + 0x7fc0u : rounded;
+      for (int64_t i = 0; i < n; ++i) {
+        static_cast<uint16_t*>(to)[d + i] = static_cast<uint16_t>(out[i]);
+      }
+    } else {
+      for (int64_t i = 0; i < n; ++i) static_cast<float*>(to)[d + i] = x[i];
+    }
+  }
+}
+
+template <typename F>
+inline void finish(const Panel<F>& p, const VideoAttention& a, int64_t first) {
+  for (int i = 0; i < p.lanes; ++i) {
+    const LanePlace place = lane_place(a.queries, first + i);
+    const bool none = p.l[i] == 0.0f;  // it saw nothing
+    store_lane<F>(element(Panel<F>::kBFloat16, a.out, place.at(a.out_stride)), p.sums + i, a.dim,
+                  none ? 0.0f : 1.0f / p.l[i]);
+    if (a.lse == nullptr) continue;
+    const double natural = 0x1.62e42fefa39efp-1 * static_cast<double>(p.maximum[i]);
+    a.lse[place.at(a.lse_stride)] =
+        none ? minus_infinity() : static_cast<float>(natural + log(static_cast<double>(p.l[i])));
+  }
+}
+
+}  // namespace
+}  // namespace rlir::cpu

@@ -1,0 +1,103 @@
+// Attention of video streams: softmax over the key slots that a query's mask lets it see. One
+// build per instruction set; raw pointers.
+//
+//   s_k = q k_k;  t_k = s_k scale log2(e) - m;  e_k = 2^t_k;  out = sum e_k v_k / sum e_k
+//   lse = ln sum exp(s_k scale)
+//
+// Panels. Queries are lanes of the vectors: the tokens and query heads that share a key head stand
+// side by side in panels (cpu/product.h), so that a key is read once for all of them and no sum
+// over keys needs a horizontal step. Keys come in blocks of 128 slots; scores, weights and outputs
+// of a panel and block stay in the caches. Blocks that no query of a panel sees are left out.
+//
+// Order (bits), for a query: blocks are anchored at multiples of 128 of the absolute slot and
+// follow each other. In a block
+//
+//   s_k   one chain of fused multiply-adds over d, in a bfloat16 call the pairs of vdpbf16ps
+//   m'    the larger of m and max s_k times scale log2(e);  f = 2^(m - m')
+//   e_k   2^fma(s_k, scale log2(e), -m'), 0 below 2^-100; rounded to bfloat16 in a bfloat16 call
+//   sum   key k goes to accumulator k mod 16; they fold as in cpu/softmax.h; l = fma(l, f, sum)
+//   acc_d acc_d f, then a chain over the keys, in pairs of even and odd slot in a bfloat16 call
+//
+// A key that is not seen has weight 0 and adds exact zeros; what no query of a panel sees is not
+// even multiplied by 0 (it may be NaN: memory that was never written). So a query's bits depend on
+// what it sees alone: not on other queries, on how many go together, on where a prefix ends and a
+// suffix begins, on threads or the instruction set (bfloat16 without subnormals). All attention
+// ops share this order.
+//
+// Backward: P = exp(s scale - lse), dP = dout v, dS = P (dP - delta), delta = sum_d dout out - dlse
+//
+//   dq = scale dS k    dk = scale dS^T q    dv = P^T dout
+//
+// P and dS are rounded to bfloat16 in a bfloat16 call; sums are float32. dq of a query runs over
+// blocks in order; dk and dv over panels of 16 lanes in order within a share of the queries, and
+// over shares in order. Shares depend on shapes alone.
+#pragma once
+
+#include <stdint.h>
+
+#include "core/reach.h"
+
+namespace rlir::cpu {
+
+inline constexpr int64_t kKeyBlock = 128;
+
+// Key slots of one sequence and key head: a prefix, then a suffix. Strides in elements.
+struct KeySource {
+  const void *k[2], *v[2];
+  int64_t k_stride[2], v_stride[2];
+  int64_t count[2];
+};
+
+// Lane (member, token, head) of the queries that share these keys. Strides in elements.
+struct LaneStrides {
+  int64_t member, token, head;
+};
+struct Queries {
+  const void* q;
+  int64_t members, tokens, heads;
+  LaneStrides stride;
+  const Reach* reach;  // [members][tokens]
+
+  int64_t lanes() const { return members * tokens * heads; }
+};
+
+struct VideoAttention {
+  bool bfloat16;
+  int64_t dim;
+  float scale;  // times log2(e)
+  AttentionMask mask;
+  Queries queries;
+  KeySource keys;
+  void* out;  // at the lanes' places by `out_stride`
+  LaneStrides out_stride;
+  float* lse;  // likewise; or null
+  LaneStrides lse_stride;
+};
+
+struct AttentionSizes {
+  int64_t panel;    // lanes of a panel
+  int64_t scratch;  // bytes of a task, aligned to 64
+  int64_t state;    // floats that a lane leaves behind between two calls of attend_part
+};
+using AttentionSizesOf = AttentionSizes(bool bfloat16, int64_t dim);
+
+// Panel number `panel` of the lanes.
+using AttendKernel = void(const VideoAttention& args, int64_t panel, void* scratch);
+// The same for blocks [first, last) alone, from a state [lanes][state] and into it; `begins`
+// ignores what the state holds, `ends` writes the results.
+using AttendPartKernel = void(const VideoAttention& args, int64_t panel, int64_t first,
+                              int64_t last, bool begins, bool ends, float* state, void* scratch);
+
+#define RLIR_VIDEO_ATTENTION_BUILD(isa) \
+  namespace isa {                       \
+  AttentionSizesOf attention_sizes;     \
+  AttendKernel attend;                  \
+  AttendPartKernel attend_part;         \
+  }
+RLIR_VIDEO_ATTENTION_BUILD(baseline)
+RLIR_VIDEO_ATTENTION_BUILD(avx2)
+RLIR_VIDEO_ATTENTION_BUILD(avx512)
+RLIR_VIDEO_ATTENTION_BUILD(avx512_bf16)
+#undef RLIR_VIDEO_ATTENTION_BUILD
+
+}  // namespace rlir::cpu

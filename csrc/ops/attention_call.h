@@ -1,0 +1,60 @@
+// What the CPU dispatch of the attention ops shares: tensors as a kernel's queries and keys, and
+// tasks of unequal size.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+
+#include "core/scratch.h"
+#include "cpu/video_attention.h"
+
+namespace rlir {
+
+inline float log2_scale(double scale) { return static_cast<float>(scale * 0x1.71547652b82fep+0); }
+
+// Element [b, token, head, 0].
+inline void* at(const torch::stable::Tensor& x, int64_t b, int64_t token, int64_t head) {
+  const int64_t size = x.scalar_type() == torch::headeronly::ScalarType::BFloat16 ? 2 : 4;
+  return static_cast<char*>(x.mutable_data_ptr()) +
+         (b * x.stride(0) + token * x.stride(1) + head * x.stride(2)) * size;
+}
+
+// Rows first .. first + members - 1 of q, and of each `tokens` tokens and `heads` heads from `head`
+// on.
+inline cpu::Queries queries_of(const torch::stable::Tensor& q, int64_t first, int64_t head,
+                               int64_t members, int64_t tokens, int64_t heads) {
+  return {at(q, first, 0, head),
+          members,
+          tokens,
+          heads,
+          {q.stride(0), q.stride(1), q.stride(2)},
+          nullptr};
+}
+
+inline cpu::KeySource one_segment(const torch::stable::Tensor& k, const torch::stable::Tensor& v,
+                                  int64_t b, int64_t head, int64_t count) {
+  cpu::KeySource s{};
+  s.k[0] = at(k, b, 0, head);
+  s.v[0] = at(v, b, 0, head);
+  s.k_stride[0] = k.stride(1);
+  s.v_stride[0] = v.stride(1);
+  s.count[0] = count;
+  return s;
+}
+
+// Calls run(task, scratch) for each task, on all threads, one task after the other as they come
+// free. Which thread takes which changes nothing: tasks write to places of their own.
+template <typename Run>
+void for_tasks(int64_t tasks, int64_t scratch_bytes, const Run& run) {
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t, int64_t) {
+    const Scratch scratch(scratch_bytes);
+    for (int64_t task; (task = next.fetch_add(1)) < tasks;) run(task, scratch.get());
+  });
+}
+
+}  // namespace rlir

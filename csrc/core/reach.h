@@ -13,7 +13,8 @@
 //   tau(r, c)     r w + c + 1;  (r + 1) w in the last column but for the last row: such a slot is
 //                 fed when the next row begins (docs/kernels/video_attention.md)
 //
-// With a window of F frames, low is where the block of frame f - F + 1 begins.
+// Positions before 0 see nothing. With a window of F frames, low is where the block of frame f - F
+// + 1 begins.
 //
 // Internal linkage, as in core/dtype.h.
 #pragma once
@@ -57,9 +58,12 @@ struct Reach {
 };
 
 constexpr int64_t kNoOwn = INT64_MAX;
+// Positions beyond see what this one sees: sums with it are still integers of 64 bits.
+constexpr int64_t kFarPosition = int64_t{1} << 62;
 
 // What a query at `position` sees of `keys` slots.
 RLIR_ANYWHERE static inline Reach reach_of(const AttentionMask& m, int64_t position, int64_t keys) {
+  position = position < -1 ? -1 : position > kFarPosition ? kFarPosition : position;
   Reach r{0, position + 1, kNoOwn, 0};
   if (m.kind == MaskKind::kCausal) {
     if (m.window > 0 && r.high > m.window) r.low = r.high - m.window;

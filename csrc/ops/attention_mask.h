@@ -1,4 +1,5 @@
-// A mask of the attention ops as they get it: its name and numbers (rlir/ops/_masks.py).
+// A mask of the attention ops as the operators take it, a string and integers, for the kernels.
+// rlir/ops/_masks.py makes them; core/reach.h says what they mean.
 #pragma once
 
 #include <cstdint>
@@ -10,29 +11,39 @@
 
 namespace rlir {
 
+// `op` is for the messages. Any string and integers are safe.
 inline AttentionMask attention_mask(const char* op, const std::string& kind,
                                     const std::vector<int64_t>& numbers) {
-  AttentionMask m{MaskKind::kCausal, 1, 0, 0, 1, 1, 1, 0};
-  const auto count = [&](size_t wanted) {
-    RLIR_CHECK(numbers.size() == wanted, op, ": a ", kind, " mask must have ", wanted,
-               " numbers, got ", numbers.size());
-    for (const int64_t x : numbers) {
-      RLIR_CHECK(x >= 0 && x < INT32_MAX, op, ": numbers of a mask must be from 0 and below 2^31, ",
-                 "got ", x);
-    }
-  };
+  constexpr int64_t kLimit = int64_t{1} << 31;
+  size_t count = 0;
+  AttentionMask m{};
   if (kind == "causal") {
-    count(1);
-    m.window = numbers[0];
+    m.kind = MaskKind::kCausal;
+    count = 1;
   } else if (kind == "frame_causal") {
-    count(3);
     m.kind = MaskKind::kFrameCausal;
+    count = 3;
+  } else {
+    RLIR_CHECK(kind == "diagonal", op,
+               ": mask must be 'causal', 'frame_causal' or 'diagonal', got '", kind, "'");
+    m.kind = MaskKind::kDiagonal;
+    count = 6;
+  }
+  RLIR_CHECK(numbers.size() == count, op, ": mask_numbers of '", kind, "' must be ", count,
+             ", got ", numbers.size());
+  for (const int64_t number : numbers) {
+    RLIR_CHECK(number >= 0 && number < kLimit, op,
+               ": mask_numbers must be from 0 and below 2^31, got ", number);
+  }
+  if (m.kind == MaskKind::kCausal) {
+    m.window = numbers[0];
+    return m;
+  }
+  if (m.kind == MaskKind::kFrameCausal) {
     m.image = numbers[0];
     m.action = numbers[1];
     m.window = numbers[2];
-  } else if (kind == "diagonal") {
-    count(6);
-    m.kind = MaskKind::kDiagonal;
+  } else {
     m.rows = numbers[0];
     m.columns = numbers[1];
     m.ahead = numbers[2];
@@ -41,13 +52,11 @@ inline AttentionMask attention_mask(const char* op, const std::string& kind,
     m.context = numbers[5];
     m.image = m.rows * m.columns;
     RLIR_CHECK(m.ahead >= 1 && m.ahead <= m.columns, op,
-               ": the window of a diagonal mask must be from 1 to its columns, got ", m.ahead,
-               " of ", m.columns);
-  } else {
-    fail(op, ": mask must be causal, frame_causal or diagonal, got ", kind);
+               ": the window of 'diagonal' must be from 1 to its columns ", m.columns, ", got ",
+               m.ahead);
   }
-  RLIR_CHECK(m.image >= 1 && m.image < INT32_MAX, op,
-             ": a frame of a mask must have at least a token, got ", m.image);
+  RLIR_CHECK(m.image >= 1 && m.image < kLimit, op,
+             ": a frame of the mask must have from 1 and below 2^31 tokens, got ", m.image);
   return m;
 }
 

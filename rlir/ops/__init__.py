@@ -1,10 +1,16 @@
 """Ops: a public function, its plain PyTorch reference and native kernels under one name each."""
 
 from rlir.ops._action_heads import Actions
+from rlir.ops._masks import Mask, causal, diagonal, frame_causal, visible
 from rlir.ops._support import pack_support, unpack_support
 from rlir.ops.decode_actions import decode_actions, decode_actions_reference
 from rlir.ops.flow_sde_step import FlowStep, flow_sde_step, flow_sde_step_reference
 from rlir.ops.group_advantage import group_advantage, group_advantage_reference
+from rlir.ops.group_attention import group_attention, group_attention_reference
+from rlir.ops.group_decode_attention import (
+    group_decode_attention,
+    group_decode_attention_reference,
+)
 from rlir.ops.inverse_reward import inverse_reward, inverse_reward_reference
 from rlir.ops.policy_loss import PolicyLossStatistics, policy_loss, policy_loss_reference
 from rlir.ops.rms_norm import rms_norm, rms_norm_reference
@@ -17,17 +23,26 @@ from rlir.ops.selected_logprob import (
     selected_logprob_reference,
 )
 from rlir.ops.swiglu import swiglu, swiglu_reference
+from rlir.ops.video_attention import video_attention, video_attention_reference
 
 __all__ = [
     "Actions",
     "FlowStep",
+    "Mask",
     "PolicyLossStatistics",
+    "causal",
     "decode_actions",
     "decode_actions_reference",
+    "diagonal",
     "flow_sde_step",
     "flow_sde_step_reference",
+    "frame_causal",
     "group_advantage",
     "group_advantage_reference",
+    "group_attention",
+    "group_attention_reference",
+    "group_decode_attention",
+    "group_decode_attention_reference",
     "head_logits",
     "head_logits_reference",
     "inverse_reward",
@@ -45,4 +60,7 @@ __all__ = [
     "swiglu",
     "swiglu_reference",
     "unpack_support",
+    "video_attention",
+    "video_attention_reference",
+    "visible",
 ]

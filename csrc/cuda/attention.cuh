@@ -18,6 +18,12 @@ namespace {
 constexpr int kAttentionThreads = 128, kKeyBlock = 64;
 constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr int kNever = INT32_MAX;
+constexpr float kLn2 = 0x1.62e430p-1f;
+
+// Of scores, in base 2; its sign is the queries'. Never 0: it is multiplied by -infinity.
+__device__ __forceinline__ float log2_scale(const Attention& a) {
+  return max(fabsf(static_cast<float>(a.scale * 0x1.71547652b82fep+0)), 0x1p-100f);
+}
 
 // Reach in 32 bits: slots of keys fit. Of a query that sees nothing low is kNever.
 struct __align__(16) Sight {
@@ -48,10 +54,10 @@ __device__ __forceinline__ Sight sight_of(const Attention& a, int64_t sequence, 
   }
   Sight s{kNever, 0, 0, 0};
   if (token >= queries) return s;
-  const int64_t position =
-      a.positions != nullptr
-          ? a.positions[sequence * a.position_batch + token * a.position_token]
-          : keys - queries + token;
+  int64_t position = keys - queries + token;
+  if (a.positions != nullptr) {
+    position = a.positions[sequence * a.position_batch + token * a.position_token];
+  }
   const Reach r = reach_of(a.mask, position, keys);
   if (r.low >= r.high) return s;  // and so low and high are of keys
   s.low = static_cast<int>(r.low);
@@ -157,7 +163,7 @@ __device__ __forceinline__ void load_across(uint32_t (&r)[4], uint32_t tile, int
 }
 
 // Key blocks that some row of several sees, and those that all of them see whole.
-struct Span {
+struct __align__(16) Span {
   unsigned low, high, whole_low, whole_high;
 
   __device__ __forceinline__ bool touches(int first) const {

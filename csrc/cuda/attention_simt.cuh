@@ -4,6 +4,7 @@
 #pragma once
 
 #include "core/exp.h"
+#include "core/exp2.h"
 #include "cuda/attention.cuh"
 
 namespace rlir::cuda {
@@ -27,6 +28,7 @@ class SimtTile {
     const int rows = static_cast<int>(a.tokens * (a.heads / a.kv_heads));
     float *q = shared, *other = q + kSimtRows * D, *p = other + kOther;
     keys_ = keys_of(a, sequence);
+    scale_ = log2_scale(a);
     Sight sight[4];
     unsigned low = kNever, high = 0;
 #pragma unroll
@@ -37,7 +39,10 @@ class SimtTile {
         const Query query = query_of(a, sequence, kv_head, row);
         sight[r] = sight_of(a, query.sequence, query.token);
         const float* from = static_cast<const float*>(a.q.data) + offset(a.q, query);
-        for (int d = lane; d < D; d += 32) q[(4 * warp + r) * D + d] = from[d];
+        // Of a negative scale the queries take the sign: the largest score is the largest z.
+        for (int d = lane; d < D; d += 32) {
+          q[(4 * warp + r) * D + d] = a.scale < 0.0 ? -from[d] : from[d];
+        }
       } else {
         for (int d = lane; d < D; d += 32) q[(4 * warp + r) * D + d] = 0.0f;
       }
@@ -60,9 +65,8 @@ class SimtTile {
     for (unsigned slot = low / kSimtKeys * kSimtKeys; slot < high; slot += kSimtKeys) {
       float s[4][4] = {};
       scores(a, sequence, kv_head, static_cast<int>(slot), q, other, s);
-      uint32_t seen[4];
-      softmax(a, static_cast<int>(slot), sight, s, p, top, total, sums, seen);
-      add_values(a, sequence, kv_head, static_cast<int>(slot), p, other, sums, seen);
+      softmax(a, static_cast<int>(slot), sight, s, p, top, total, sums);
+      add_values(a, sequence, kv_head, static_cast<int>(slot), p, other, sums);
     }
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
@@ -76,8 +80,10 @@ class SimtTile {
         out[lane + 32 * d] = total[r] != 0.0f ? sums[r][d] * inverse : 0.0f;
       }
       if (f.lse != nullptr && lane == 0) {
-        const float value = top[r] + static_cast<float>(log(static_cast<double>(total[r])));
-        f.lse[at] = total[r] != 0.0f ? value : -INFINITY;
+        const double natural = 0x1.62e42fefa39efp-1 * static_cast<double>(top[r]);
+        f.lse[at] = total[r] != 0.0f
+                        ? static_cast<float>(natural + log(static_cast<double>(total[r])))
+                        : -INFINITY;
       }
     }
   }
@@ -123,25 +129,18 @@ class SimtTile {
     }
   }
 
-  // `seen`: bit `lane` of word e is of key 4 lane + e, by a row of the warp.
   __device__ __forceinline__ void softmax(const Attention& a, int slot, const Sight (&sight)[4],
                                           float (&s)[4][4], float* p, float (&top)[4],
-                                          float (&total)[4], float (&sums)[4][D / 32],
-                                          uint32_t (&seen)[4]) const {
+                                          float (&total)[4], float (&sums)[4][D / 32]) const {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    uint32_t own = 0;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int key = slot + 4 * lane + e, tau = key_tau(a.mask, key);
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        const bool visible = sees(sight[r], key, tau);
-        s[r][e] = visible ? s[r][e] * a.scale : -INFINITY;
-        if (visible) own |= 1u << e;
+        if (!sees(sight[r], key, tau)) s[r][e] = -INFINITY;
       }
     }
-#pragma unroll
-    for (int e = 0; e < 4; ++e) seen[e] = __ballot_sync(kAllLanes, (own >> e & 1) != 0);
     float factor[4];
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
@@ -150,26 +149,34 @@ class SimtTile {
       for (int lanes = 16; lanes > 0; lanes /= 2) {
         most = max(most, __shfl_xor_sync(kAllLanes, most, lanes));
       }
-      most = max(top[r], most);
-      factor[r] = top[r] == most ? 1.0f : exp(top[r] - most);
+      most = max(top[r], most * scale_);
+      const float reference = most == -INFINITY ? 0.0f : most;
+      factor[r] = top[r] == most ? 1.0f : exp2_weight<6>(top[r] - reference);
       top[r] = most;
       float e[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) e[i] = s[r][i] == -INFINITY ? 0.0f : exp(s[r][i] - most);
+      for (int i = 0; i < 4; ++i) e[i] = exp2_weight<6>(__fmaf_rn(s[r][i], scale_, -reference));
       *reinterpret_cast<float4*>(p + (4 * warp + r) * kKeyStride + 4 * lane) =
           make_float4(e[0], e[1], e[2], e[3]);
     }
     __syncwarp();
-    // Lane 4 r + j: accumulator j of row r.
-    float sum = 0.0f;
-    const float* mine = p + (4 * warp + lane / 4 % 4) * kKeyStride + lane % 4;
-#pragma unroll 4
-    for (int k = 0; k < kSimtKeys; k += 4) sum = sum + mine[k];
-    sum = sum + __shfl_xor_sync(kAllLanes, sum, 2);
-    sum = sum + __shfl_xor_sync(kAllLanes, sum, 1);
+    // Lane 16 r + i: accumulators i of rows r and r + 2.
+    const float* mine = p + (4 * warp + lane / 16) * kKeyStride + lane % 16;
+    float sum[2] = {};
+#pragma unroll
+    for (int k = 0; k < kSimtKeys; k += 16) {
+      sum[0] = sum[0] + mine[k];
+      sum[1] = sum[1] + mine[k + 2 * kKeyStride];
+    }
+#pragma unroll
+    for (int lanes = 8; lanes > 0; lanes /= 2) {
+      sum[0] = sum[0] + __shfl_xor_sync(kAllLanes, sum[0], lanes);
+      sum[1] = sum[1] + __shfl_xor_sync(kAllLanes, sum[1], lanes);
+    }
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-      total[r] = __fmaf_rn(total[r], factor[r], __shfl_sync(kAllLanes, sum, 4 * r));
+      const float added = __shfl_sync(kAllLanes, sum[r / 2], 16 * (r % 2));
+      total[r] = __fmaf_rn(total[r], factor[r], added);
 #pragma unroll
       for (int d = 0; d < D / 32; ++d) sums[r][d] = sums[r][d] * factor[r];
     }
@@ -177,8 +184,7 @@ class SimtTile {
 
   __device__ __forceinline__ void add_values(const Attention& a, int64_t sequence, int kv_head,
                                              int slot, const float* p, float* other,
-                                             float (&sums)[4][D / 32],
-                                             const uint32_t (&seen)[4]) const {
+                                             float (&sums)[4][D / 32]) const {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll 1
     for (int chunk = 0; chunk < kSimtKeys; chunk += kSimtChunk) {
@@ -190,19 +196,17 @@ class SimtTile {
         for (int d = lane; d < D; d += 32) other[key * D + d] = from != nullptr ? from[d] : 0.0f;
       }
       __syncthreads();
-#pragma unroll 1
-      for (int key = 0; key < kSimtChunk; key += 4) {
+#pragma unroll 4
+      for (int key = 0; key < kSimtChunk; ++key) {
+        float v[D / 32];
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          if ((seen[e] >> ((chunk + key) / 4) & 1) == 0) continue;  // its value may be anything
-          float v[D / 32];
+        for (int d = 0; d < D / 32; ++d) v[d] = other[key * D + lane + 32 * d];
 #pragma unroll
-          for (int d = 0; d < D / 32; ++d) v[d] = other[(key + e) * D + lane + 32 * d];
+        for (int r = 0; r < 4; ++r) {
+          const float e = p[(4 * warp + r) * kKeyStride + chunk + key];
 #pragma unroll
-          for (int r = 0; r < 4; ++r) {
-            const float x = p[(4 * warp + r) * kKeyStride + chunk + key + e];
-#pragma unroll
-            for (int d = 0; d < D / 32; ++d) sums[r][d] = __fmaf_rn(x, v[d], sums[r][d]);
+          for (int d = 0; d < D / 32; ++d) {  // the value of a key that is not seen may be anything
+            sums[r][d] = e != 0.0f ? __fmaf_rn(e, v[d], sums[r][d]) : sums[r][d];
           }
         }
       }
@@ -210,6 +214,7 @@ class SimtTile {
   }
 
   KeyCount keys_;
+  float scale_;
 };
 
 }  // namespace

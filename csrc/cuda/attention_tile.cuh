@@ -19,7 +19,6 @@
 namespace rlir::cuda {
 namespace {
 
-constexpr float kLog2E = 0x1.715476p+0f, kLn2 = 0x1.62e430p-1f;
 constexpr uint32_t kOnes = 0x3f803f80u;  // two bf16
 
 // Which blocks a tile goes through: of parts first_part .. last_part, those from `begin` to `end`.
@@ -27,12 +26,41 @@ struct BlockRange {
   int first_part, last_part, begin, end;
 };
 
+// The same with numbers: blocks count[0] of part 0 from begin[0] on, then those of part 1. It waits
+// in shared memory: registers are full.
+struct Plan {
+  int begin[2], count[2], length[2];
+
+  // Where the i-th block begins in its part.
+  __device__ __forceinline__ int first(int i) const {
+    return (i < count[0] ? begin[0] + i : begin[1] + i - count[0]) * kKeyBlock;
+  }
+};
+
+__device__ __forceinline__ Plan plan_of(const Attention& a, int64_t sequence, const Span& tile,
+                                        const BlockRange& range) {
+  const KeyCount keys = keys_of(a, sequence);
+  Plan plan{{0, 0}, {0, 0}, {keys.first, keys.all - keys.first}};
+#pragma unroll
+  for (int p = 0; p < 2; ++p) {
+    if (p < range.first_part || p > range.last_part) continue;
+    const int before = p == 0 ? 0 : keys.first;
+    const int low = max(static_cast<int>(tile.low) - before, 0) / kKeyBlock;
+    const int high = min(static_cast<int>(tile.high) - before, plan.length[p]);
+    plan.begin[p] = max(low, range.begin);
+    const int end = min((high + kKeyBlock - 1) / kKeyBlock, range.end);
+    plan.count[p] = max(end - plan.begin[p], 0);
+  }
+  return plan;
+}
+
 template <int D, int kM>
 class AttentionTile {
  public:
   static constexpr int kRows = 64 * kM, kWarps = kAttentionThreads / 32;
   static constexpr uint32_t kTile = kKeyBlock * D * 2;  // bytes; a stage has K and V
-  static constexpr size_t kShared = 4 * kTile + kRows * sizeof(Sight) + kWarps * sizeof(uint2);
+  static constexpr size_t kShared = 4 * kTile + kRows * sizeof(Sight) + kWarps * sizeof(Span) +
+                                    sizeof(Plan);
   static_assert(kM <= 2);  // queries come in through the second stage
 
   // Rows first_row .. of `rows`, which belong to sequences from `sequence` on.
@@ -41,46 +69,36 @@ class AttentionTile {
                                       unsigned char* shared) {
     base_ = ptx::shared_address(shared);
     sights_ = reinterpret_cast<Sight*>(shared + 4 * kTile);
-    scale_ = max(fabsf(a.scale), 0x1p-100f) * kLog2E;  // never 0: it is multiplied by -infinity
-    const Span tile = look(a, sequence, kv_head, first_row, rows, shared);
+    scale_ = log2_scale(a);
+    const Span tile = look(a, sequence, kv_head, first_row, rows);
 #pragma unroll
     for (int j = 0; j < kM; ++j) {
       top_[j][0] = top_[j][1] = -INFINITY;
+      total_[j][0] = total_[j][1] = 0.0f;
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        total_[j][e] = 0.0f;
-#pragma unroll
-        for (int n = 0; n < D / 8; ++n) sums_[j][n][e] = 0.0f;
+      for (int n = 0; n < D / 8; ++n) {
+        sums_[j][n][0] = sums_[j][n][1] = sums_[j][n][2] = sums_[j][n][3] = 0.0f;
       }
     }
-    const KeyCount keys = keys_of(a, sequence);
-    int begin[2], count[2] = {0, 0};
-#pragma unroll
-    for (int p = 0; p < 2; ++p) {
-      if (p < range.first_part || p > range.last_part) continue;
-      const int before = p == 0 ? 0 : keys.first, length = p == 0 ? keys.first : keys.all - before;
-      const int low = max(static_cast<int>(tile.low) - before, 0) / kKeyBlock;
-      const int high = min(static_cast<int>(tile.high) - before, length);
-      begin[p] = max(low, range.begin);
-      count[p] = max(min((high + kKeyBlock - 1) / kKeyBlock, range.end) - begin[p], 0);
-    }
-    const int blocks = count[0] + count[1];
+    if (threadIdx.x == 0) *plan() = plan_of(a, sequence, tile, range);
+    __syncthreads();
+    const int blocks = plan()->count[0] + plan()->count[1];
     if (blocks == 0) return;
     const auto copy = [&](int i) {
-      const int p = i < count[0] ? 0 : 1;
-      const int first = (p == 0 ? begin[0] + i : begin[1] + i - count[0]) * kKeyBlock;
-      const int end = p == 0 ? keys.first : keys.all - keys.first;
+      const Plan& plan = *this->plan();
+      const int p = i < plan.count[0] ? 0 : 1, first = plan.first(i);
       const KeyPart& part = a.part[p];
       const int64_t batch = p == 0 ? sequence / a.group : sequence;
       const uint32_t to = base_ + i % 2 * 2 * kTile;
-      copy_keys<D, kKeyBlock>(to, head_of(part.k, batch, kv_head), part.k.token, first, end);
+      copy_keys<D, kKeyBlock>(to, head_of(part.k, batch, kv_head), part.k.token, first,
+                              plan.length[p]);
       copy_keys<D, kKeyBlock>(to + kTile, head_of(part.v, batch, kv_head), part.v.token, first,
-                              end);
+                              plan.length[p]);
     };
     copy_queries<D, kRows>(base_ + 2 * kTile, a, a.q, sequence, kv_head, first_row, rows);
     copy(0);
     ptx::cp_async_commit();
-    load_queries(a.scale < 0.0f);
+    load_queries(a.scale < 0.0);
 #pragma unroll 1
     for (int i = 0; i < blocks; ++i) {
 #if defined(RLIR_FAULT_COPY_WAIT)
@@ -93,11 +111,11 @@ class AttentionTile {
 #endif
       if (i + 1 < blocks) copy(i + 1);
       ptx::cp_async_commit();
-      const int slot = i < count[0] ? (begin[0] + i) * kKeyBlock
-                                    : keys.first + (begin[1] + i - count[0]) * kKeyBlock;
+      const int slot = plan()->first(i) + (i < plan()->count[0] ? 0 : plan()->length[0]);
       const uint32_t k = base_ + i % 2 * 2 * kTile;
-      if (!span_.touches(slot)) continue;
-      if (span_.covers(slot)) {
+      const Span span = spans()[threadIdx.x / 32];
+      if (!span.touches(slot)) continue;
+      if (span.covers(slot)) {
         step<false>(a.mask, k, k + kTile, slot);
       } else {
         step<true>(a.mask, k, k + kTile, slot);
@@ -116,14 +134,14 @@ class AttentionTile {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int in_tile = warp_row() + 16 * j + 8 * half + lane / 4, row = first_row + in_tile;
-        const float total = sees_nothing(in_tile) ? 0.0f : total_[j][2 * half];
+        const float total = sees_nothing(in_tile) ? 0.0f : total_[j][half];
         const float inverse = total != 0.0f ? 1.0f / total : 0.0f;
 #pragma unroll
         for (int n = 0; n < D / 8; ++n) {
           const float* s = &sums_[j][n][2 * half];
           const uint32_t word =
               total != 0.0f ? ptx::pack_bf16(s[0] * inverse, s[1] * inverse) : 0u;
-          ptx_store(in_tile, n, word);
+          put_word(in_tile, n, word);
         }
         if (lse != nullptr && lane % 4 == 0 && row < rows) {
           const float value = top_[j][half] * scale_ + ptx::lg2(total);
@@ -157,7 +175,7 @@ class AttentionTile {
         const int in_tile = warp_row() + 16 * j + 8 * half + lane / 4, row = first_row + in_tile;
         if (row >= rows) continue;
         const int64_t at = flat(a, query_of(a, sequence, kv_head, row));
-        const float total = sees_nothing(in_tile) ? 0.0f : total_[j][2 * half];
+        const float total = sees_nothing(in_tile) ? 0.0f : total_[j][half];
         if (lane % 4 == 0) scales[at] = make_float2(top_[j][half] * scale_, total);
         if (total == 0.0f) continue;  // nobody will read them
         float* to = sums + at * D + lane % 4 * 2;
@@ -175,10 +193,16 @@ class AttentionTile {
   __device__ __forceinline__ unsigned char* stage() const {
     return reinterpret_cast<unsigned char*>(sights_) - 4 * kTile;
   }
+  __device__ __forceinline__ Span* spans() const {  // of the rows of each warp
+    return reinterpret_cast<Span*>(sights_ + kRows);
+  }
+  __device__ __forceinline__ Plan* plan() const {
+    return reinterpret_cast<Plan*>(spans() + kWarps);
+  }
   __device__ __forceinline__ bool sees_nothing(int in_tile) const {
     return sights_[in_tile].low == kNever;
   }
-  __device__ __forceinline__ void ptx_store(int in_tile, int chunk, uint32_t word) const {
+  __device__ __forceinline__ void put_word(int in_tile, int chunk, uint32_t word) const {
     const int lane = threadIdx.x % 32;
     *reinterpret_cast<uint32_t*>(stage() + tile_at<D>(in_tile, chunk) + lane % 4 * 4) = word;
   }
@@ -189,10 +213,9 @@ class AttentionTile {
 
   // What each row sees, to shared memory; of the warp's rows together; returns that of the tile's.
   __device__ __forceinline__ Span look(const Attention& a, int64_t sequence, int kv_head,
-                                       int first_row, int rows, unsigned char* shared) {
+                                       int first_row, int rows) {
     const int lane = threadIdx.x % 32;
-    uint2* warps = reinterpret_cast<uint2*>(shared + 4 * kTile + kRows * sizeof(Sight));
-    span_ = no_span();
+    Span span = no_span();
     if (lane < 16 * kM) {
       const int in_tile = warp_row() + lane;
       Sight sight{kNever, 0, 0, 0};
@@ -201,17 +224,17 @@ class AttentionTile {
         sight = sight_of(a, q.sequence, q.token);
       }
       sights_[in_tile] = sight;
-      add(span_, sight);
+      add(span, sight);
     }
     __syncwarp();
-    span_ = over_warp(span_);
-    if (lane == 0) warps[threadIdx.x / 32] = make_uint2(span_.low, span_.high);
+    span = over_warp(span);
+    if (lane == 0) spans()[threadIdx.x / 32] = span;
     __syncthreads();
     Span tile = no_span();
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
-      tile.low = min(tile.low, warps[w].x);
-      tile.high = max(tile.high, warps[w].y);
+      tile.low = min(tile.low, spans()[w].low);
+      tile.high = max(tile.high, spans()[w].high);
     }
     return tile;
   }
@@ -267,10 +290,16 @@ class AttentionTile {
       }
     }
 #pragma unroll
+    for (int j = 0; j < kM; ++j) {
+      float total[4] = {};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) ptx::mma_bf16(total, p[j][i], kOnes, kOnes);
+      total_[j][0] += total[0];
+      total_[j][1] += total[2];
+    }
+#pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint32_t even = pair_mask(seen >> 4 * i), odd = pair_mask(seen >> (4 * i + 2));
-#pragma unroll
-      for (int j = 0; j < kM; ++j) ptx::mma_bf16(total_[j], p[j][i], kOnes, kOnes);
 #pragma unroll
       for (int d = 0; d < D / 16; ++d) {
         uint32_t b[4];
@@ -331,8 +360,7 @@ class AttentionTile {
       const float reference = most == -INFINITY ? 0.0f : most * scale_;
       const float factor = ptx::ex2(top_[j][half] * scale_ - reference);  // 1 where it is the same
       top_[j][half] = most;
-      total_[j][2 * half] *= factor;
-      total_[j][2 * half + 1] *= factor;
+      total_[j][half] *= factor;
 #pragma unroll
       for (int n = 0; n < D / 8; ++n) {
         sums_[j][n][2 * half] *= factor;
@@ -349,11 +377,10 @@ class AttentionTile {
   }
 
   uint32_t q_[kM][D / 16][4];
-  float sums_[kM][D / 8][4], total_[kM][4], top_[kM][2];
+  float sums_[kM][D / 8][4], total_[kM][2], top_[kM][2];
   float scale_;
   uint32_t base_;
   Sight* sights_;
-  Span span_;  // of the warp's rows
 };
 
 }  // namespace

@@ -39,7 +39,7 @@ struct Attention {
   const int64_t* q_lengths;  // null: all tokens
   int64_t q_length_stride;
   AttentionMask mask;
-  float scale;
+  double scale;
 };
 
 struct AttentionForward {

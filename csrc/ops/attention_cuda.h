@@ -47,8 +47,17 @@ class CudaAttention {
     a.tokens = q.size(1);
     a.heads = q.size(2);
     a.depth = q.size(3);
+    RLIR_CHECK(a.depth == 32 || a.depth == 64 || a.depth == 128, op_,
+               ": dim must be 32, 64 or 128 on CUDA, got ", a.depth);
+    check_integers("q_lengths", lengths, q, a.sequences);
     if (positions) {
       const bool each = positions->dim() == 2;
+      RLIR_CHECK(positions->scalar_type() == torch::headeronly::ScalarType::Long &&
+                     (each || positions->dim() == 1) && positions->device() == q.device() &&
+                     (!each || positions->size(0) == a.sequences) &&
+                     positions->size(each ? 1 : 0) == a.tokens,
+                 op_, ": q_positions must be int64 [", a.sequences, ", ", a.tokens, "] or [",
+                 a.tokens, "] on q's device, got otherwise");
       a.positions = static_cast<const int64_t*>(call_.in(*positions, "q_positions"));
       a.position_batch = each ? positions->stride(0) : 0;
       a.position_token = positions->stride(each ? 1 : 0);
@@ -63,6 +72,14 @@ class CudaAttention {
     kept_.push_back(
         torch::stable::new_empty(like, {count}, torch::headeronly::ScalarType::Float));
     return static_cast<float*>(call_.out(kept_.back(), name));
+  }
+
+  void check_integers(const char* name, const std::optional<torch::stable::Tensor>& x,
+                      const torch::stable::Tensor& q, int64_t n) const {
+    if (!x) return;
+    RLIR_CHECK(x->scalar_type() == torch::headeronly::ScalarType::Long && x->dim() == 1 &&
+                   x->size(0) == n && x->device() == q.device(),
+               op_, ": ", name, " must be int64 [", n, "] on q's device, got otherwise");
   }
 
   // Rows of queries that share a head of keys, and so the tiles, are counted in 32 bits.

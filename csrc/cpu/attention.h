@@ -390,9 +390,10 @@ inline void load_queries(Panel<F>& p, const VideoAttention& a, int64_t first) {
       continue;
     }
     const LanePlace place = lane_place(a.queries, first + i);
-    p.reach.set(i, a.queries.reach[place.member * a.queries.tokens + place.token]);
-    put_lane<F>(p.q, i, element(Panel<F>::kBFloat16, a.queries.q, place.at(a.queries.stride)),
-                a.dim);
+    const Reach& reach = a.queries.reach[place.member * a.queries.tokens + place.token];
+    p.reach.set(i, reach);
+    const void* row = element(Panel<F>::kBFloat16, a.queries.q, place.at(a.queries.stride));
+    put_lane<F>(p.q, i, reach.low < reach.high ? row : nullptr, a.dim);
   }
   p.reach.finish(p.lanes);
 }
@@ -408,11 +409,11 @@ inline void clear_state(Panel<F>& p, int64_t dim) {
   }
 }
 
-// Values of a block as words along the slots: [pairs][dim padded]. Rows that nobody sees are zeros.
-// Returns whether all values are finite, where `check` asks for it.
+// Values (or keys) of a block as words along the slots: [pairs][dim padded]. Rows that are not
+// `seen` are zeros. Returns whether what is left is finite, if `seen` says that some are not.
 template <typename F>
-inline bool pack_values(const VideoAttention& a, int64_t start, int64_t count, const bool* seen,
-                        typename F::Word* out) {
+inline bool pack_rows_of(const VideoAttention& a, bool values, int64_t start, int64_t count,
+                         const bool* seen, typename F::Word* out) {
   constexpr bool kBFloat16 = Panel<F>::kBFloat16;
   constexpr int64_t kPer = F::kPerWord;
   const int64_t stride = round_up(a.dim, 16);
@@ -421,7 +422,7 @@ inline bool pack_values(const VideoAttention& a, int64_t start, int64_t count, c
     const void* row[2];
     for (int i = 0; i < 2; ++i) {
       const bool there = k + i < count && (seen == nullptr || seen[k + i]);
-      row[i] = there ? slot_row(kBFloat16, a.keys, true, start + k + i) : nullptr;
+      row[i] = there ? slot_row(kBFloat16, a.keys, values, start + k + i) : nullptr;
     }
     typename F::Word* to = out + k / kPer * stride;
     pair_rows<F>(to, stride, row[0], row[1], a.dim);
@@ -514,7 +515,7 @@ inline void add_values_apart(Panel<F>& p, const VideoAttention& a, int64_t start
       seen[k] = slot >= p.reach.low[lane] && slot < p.reach.high[lane] &&
                 (slot < p.reach.own[lane] || tau_of(a.mask, slot) <= p.reach.tau[lane]);
     }
-    pack_values<F>(a, start, count, seen, p.values);
+    pack_rows_of<F>(a, true, start, count, seen, p.values);
     const Word* weights = reinterpret_cast<const Word*>(p.scores) + lane;
     for (int64_t d = 0; d < a.dim; ++d) {
       Vf sum = splat(p.sums[d * kPanel + lane]);
@@ -543,7 +544,7 @@ inline void attend_blocks(Panel<F>& p, const VideoAttention& a, int64_t first, i
     const bool all = p.reach.seen_by_all(start, start + count);
     if (!all) mask_scores(a.mask, p.reach, start, count, p.used, p.scores, seen);
     softmax_block<F>(p, count, a.dim, a.scale);
-    const bool finite = pack_values<F>(a, start, count, all ? nullptr : seen, p.values);
+    const bool finite = pack_rows_of<F>(a, true, start, count, all ? nullptr : seen, p.values);
     if (!finite) {
       add_values_apart<F>(p, a, start, count);
       continue;

@@ -28,9 +28,9 @@
 //
 //   dq = scale dS k    dk = scale dS^T q    dv = P^T dout
 //
-// P and dS are rounded to bfloat16 in a bfloat16 call; sums are float32. dq of a query runs over
-// blocks in order; dk and dv over panels of 16 lanes in order within a share of the queries, and
-// over shares in order. Shares depend on shapes alone.
+// P and dS are rounded to bfloat16 in a bfloat16 call; sums are float32. dq of a query is a chain
+// over the keys. dk and dv are chains over 48 lanes; the chains of a share of the queries are added
+// up in order, and then the shares. Shares depend on shapes and masks alone.
 #pragma once
 
 #include <stdint.h>
@@ -88,11 +88,45 @@ using AttendKernel = void(const VideoAttention& args, int64_t panel, void* scrat
 using AttendPartKernel = void(const VideoAttention& args, int64_t panel, int64_t first,
                               int64_t last, bool begins, bool ends, float* state, void* scratch);
 
-#define RLIR_VIDEO_ATTENTION_BUILD(isa) \
-  namespace isa {                       \
-  AttentionSizesOf attention_sizes;     \
-  AttendKernel attend;                  \
-  AttendPartKernel attend_part;         \
+// Sums of dk (without the scale) and dv: [slots][attention_stride(dim)] for each segment.
+struct KeyGradients {
+  float *k[2], *v[2];
+};
+inline int64_t attention_stride(int64_t dim) { return (dim + 15) / 16 * 16; }
+
+struct AttentionBackward {
+  VideoAttention call;  // its results are read
+  const void* grad_out;
+  LaneStrides grad_stride;
+  const float* grad_lse;  // or null
+  LaneStrides grad_lse_stride;
+  float natural_scale;
+  void* dq;
+  LaneStrides dq_stride;
+  KeyGradients sums;  // are added to
+};
+
+inline constexpr int64_t kWidePanel = 48;  // lanes
+
+// Bytes of a task of attend_backward, aligned to 64.
+using BackwardScratch = int64_t(bool bfloat16, int64_t dim);
+// dq of wide panels [begin, end) of the lanes, one after the other, and their share of dk and dv.
+using AttendBackward = void(const AttentionBackward& args, int64_t begin, int64_t end,
+                            void* scratch);
+// Rows [begin, end) of `shares` sums, `share` floats apart, added up, times `factor`, to `out` with
+// `stride` elements between rows.
+using StoreKeyGradients = void(bool bfloat16, const float* sums, int64_t shares, int64_t share,
+                               int64_t dim, float factor, void* out, int64_t stride, int64_t begin,
+                               int64_t end);
+
+#define RLIR_VIDEO_ATTENTION_BUILD(isa)    \
+  namespace isa {                          \
+  AttentionSizesOf attention_sizes;        \
+  AttendKernel attend;                     \
+  AttendPartKernel attend_part;            \
+  BackwardScratch attend_backward_scratch; \
+  AttendBackward attend_backward;          \
+  StoreKeyGradients store_key_gradients;   \
   }
 RLIR_VIDEO_ATTENTION_BUILD(baseline)
 RLIR_VIDEO_ATTENTION_BUILD(avx2)

@@ -120,4 +120,22 @@ inline std::vector<Reach> attention_reach(const char* op, const AttentionMask& m
   return out;
 }
 
+// What the backward pass gets back: out and lse as the forward pass made them.
+inline void check_results(const char* op, const AttentionShape& s,
+                          const torch::stable::Tensor& grad,
+                          const std::optional<torch::stable::Tensor>& grad_lse,
+                          const torch::stable::Tensor& out, const torch::stable::Tensor& lse) {
+  using torch::headeronly::ScalarType;
+  const auto rows = [&](const torch::stable::Tensor& x, int64_t dims) {
+    return x.dim() == dims && x.size(0) == s.batch && x.size(1) == s.queries &&
+           x.size(2) == s.heads && (dims == 3 || x.size(3) == s.dim);
+  };
+  RLIR_CHECK(
+      rows(grad, 4) && rows(out, 4) && out.is_contiguous() &&
+          out.scalar_type() == grad.scalar_type() && rows(lse, 3) &&
+          lse.scalar_type() == ScalarType::Float &&
+          (!grad_lse || (rows(*grad_lse, 3) && grad_lse->scalar_type() == ScalarType::Float)),
+      op, ": the gradient must be as the results, got otherwise");
+}
+
 }  // namespace rlir

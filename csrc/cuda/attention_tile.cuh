@@ -111,14 +111,16 @@ class AttentionTile {
 #endif
       if (i + 1 < blocks) copy(i + 1);
       ptx::cp_async_commit();
-      const int slot = plan()->first(i) + (i < plan()->count[0] ? 0 : plan()->length[0]);
+      const bool second = i >= plan()->count[0];
+      const int before = second ? plan()->length[0] : 0;
+      const int slot = before + plan()->first(i), end = before + plan()->length[second];
       const uint32_t k = base_ + i % 2 * 2 * kTile;
       const Span span = spans()[threadIdx.x / 32];
       if (!span.touches(slot)) continue;
-      if (span.covers(slot)) {
-        step<false>(a.mask, k, k + kTile, slot);
+      if (span.covers(slot) && slot + kKeyBlock <= end) {
+        step<false>(a.mask, k, k + kTile, slot, end);
       } else {
-        step<true>(a.mask, k, k + kTile, slot);
+        step<true>(a.mask, k, k + kTile, slot, end);
       }
     }
     ptx::cp_async_wait<0>();
@@ -257,7 +259,7 @@ class AttentionTile {
 
   template <bool kMasked>
   __device__ __forceinline__ void step(const AttentionMask& mask, uint32_t k, uint32_t v,
-                                       int slot) {
+                                       int slot, int end) {
     float s[kM][8][4];
 #pragma unroll
     for (int j = 0; j < kM; ++j) {
@@ -278,7 +280,7 @@ class AttentionTile {
       }
     }
     uint32_t seen = kAllLanes;  // of keys 8 n + 2 (lane % 4) + e, bit 2 n + e: by a row of the warp
-    if constexpr (kMasked) seen = hide(mask, slot, s);
+    if constexpr (kMasked) seen = hide(mask, slot, end, s);
     uint32_t p[kM][4][4];
 #pragma unroll
     for (int j = 0; j < kM; ++j) {
@@ -318,8 +320,8 @@ class AttentionTile {
     return ((bits & 1u) != 0 ? 0xffffu : 0u) | ((bits & 2u) != 0 ? 0xffff0000u : 0u);
   }
 
-  // Scores that a row does not see become -infinity.
-  __device__ __forceinline__ uint32_t hide(const AttentionMask& mask, int slot,
+  // Scores that a row does not see, and those beyond the part of the keys, become -infinity.
+  __device__ __forceinline__ uint32_t hide(const AttentionMask& mask, int slot, int end,
                                            float (&s)[kM][8][4]) const {
     const int lane = threadIdx.x % 32;
     const int tau[2] = {key_tau(mask, slot + lane), key_tau(mask, slot + 32 + lane)};
@@ -327,7 +329,9 @@ class AttentionTile {
 #pragma unroll
     for (int j = 0; j < kM; ++j) {
       const Sight* sights = sights_ + warp_row() + 16 * j + lane / 4;
-      const Sight upper = sights[0], lower = sights[8];
+      Sight upper = sights[0], lower = sights[8];
+      upper.high = min(upper.high, end);
+      lower.high = min(lower.high, end);
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
 #pragma unroll

@@ -74,6 +74,21 @@ class CudaAttention {
     return static_cast<float*>(call_.out(kept_.back(), name));
   }
 
+  // Keys and values of a part, of `sequences` batches, for queries q [N][T][H][D].
+  void check_keys(const char* name, const torch::stable::Tensor& q, const torch::stable::Tensor& k,
+                  const torch::stable::Tensor& v, int64_t sequences) const {
+    for (const auto* x : {&k, &v}) {
+      RLIR_CHECK(x->dim() == 4 && x->size(0) == sequences && x->size(1) == k.size(1) &&
+                     x->size(2) == k.size(2) && x->size(3) == q.size(3),
+                 op_, ": ", name, " k and v must be [", sequences, ", slots, kv_heads, ",
+                 q.size(3), "], got otherwise");
+      RLIR_CHECK(x->scalar_type() == q.scalar_type() && x->device() == q.device(), op_, ": ", name,
+                 " k and v must have q's dtype and device, got otherwise");
+    }
+    RLIR_CHECK(k.size(2) >= 1 && q.size(2) >= 1 && q.size(2) % k.size(2) == 0, op_,
+               ": q's heads must be a multiple of k's, got ", q.size(2), " and ", k.size(2));
+  }
+
   void check_integers(const char* name, const std::optional<torch::stable::Tensor>& x,
                       const torch::stable::Tensor& q, int64_t n) const {
     if (!x) return;

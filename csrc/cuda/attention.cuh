@@ -104,6 +104,10 @@ __device__ __forceinline__ int64_t offset(const Heads& x, const Query& q) {
   return q.sequence * x.batch + q.token * x.token + q.head * x.head;
 }
 
+__device__ __forceinline__ const uint16_t* head_of(const Heads& x, int64_t batch, int head) {
+  return static_cast<const uint16_t*>(x.data) + batch * x.batch + head * x.head;
+}
+
 template <int D>
 __device__ __forceinline__ uint32_t tile_at(int row, int chunk) {
   constexpr int kChunks = D / 8;
@@ -160,6 +164,18 @@ template <int D>
 __device__ __forceinline__ void load_across(uint32_t (&r)[4], uint32_t tile, int row, int chunk) {
   const int lane = threadIdx.x % 32;
   ptx::ldmatrix_x4_trans(r, tile + tile_at<D>(row + lane % 16, chunk + lane / 16));
+}
+
+// Two bits of a pair of keys, or rows, to the halves of a word of both.
+__device__ __forceinline__ uint32_t pair_mask(uint32_t bits) {
+  return ((bits & 1u) != 0 ? 0xffffu : 0u) | ((bits & 2u) != 0 ? 0xffff0000u : 0u);
+}
+
+// Any lane that has the same columns of an accumulator.
+__device__ __forceinline__ uint32_t over_rows(uint32_t seen) {
+#pragma unroll
+  for (int lanes = 4; lanes < 32; lanes *= 2) seen |= __shfl_xor_sync(kAllLanes, seen, lanes);
+  return seen;
 }
 
 // Key blocks that some row of several sees, and those that all of them see whole.

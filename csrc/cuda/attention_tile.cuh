@@ -208,11 +208,6 @@ class AttentionTile {
     const int lane = threadIdx.x % 32;
     *reinterpret_cast<uint32_t*>(stage() + tile_at<D>(in_tile, chunk) + lane % 4 * 4) = word;
   }
-  static __device__ __forceinline__ const uint16_t* head_of(const Heads& x, int64_t batch,
-                                                            int head) {
-    return static_cast<const uint16_t*>(x.data) + batch * x.batch + head * x.head;
-  }
-
   // What each row sees, to shared memory; of the warp's rows together; returns that of the tile's.
   __device__ __forceinline__ Span look(const Attention& a, int64_t sequence, int kv_head,
                                        int first_row, int rows) {
@@ -316,10 +311,6 @@ class AttentionTile {
     }
   }
 
-  static __device__ __forceinline__ uint32_t pair_mask(uint32_t bits) {
-    return ((bits & 1u) != 0 ? 0xffffu : 0u) | ((bits & 2u) != 0 ? 0xffff0000u : 0u);
-  }
-
   // Scores that a row does not see, and those beyond the part of the keys, become -infinity.
   __device__ __forceinline__ uint32_t hide(const AttentionMask& mask, int slot, int end,
                                            float (&s)[kM][8][4]) const {
@@ -345,11 +336,7 @@ class AttentionTile {
         }
       }
     }
-#pragma unroll
-    for (int lanes = 4; lanes < 32; lanes *= 2) {
-      seen |= __shfl_xor_sync(kAllLanes, seen, lanes);
-    }
-    return seen;
+    return over_rows(seen);
   }
 
   // Scores to e; the sums so far to the new maximum.

@@ -7,7 +7,7 @@
 #include <optional>
 #include <vector>
 
-#include "cuda/video_attention.cuh"
+#include "cuda/video_attention_backward.cuh"
 #include "ops/cuda_call.h"
 #include "ops/float_dtype.h"
 
@@ -95,6 +95,44 @@ class CudaAttention {
     RLIR_CHECK(x->scalar_type() == torch::headeronly::ScalarType::Long && x->dim() == 1 &&
                    x->size(0) == n && x->device() == q.device(),
                op_, ": ", name, " must be int64 [", n, "] on q's device, got otherwise");
+  }
+
+  // Contiguous; a copy if it is not.
+  const float* floats(const torch::stable::Tensor& x, const char* name) {
+    kept_.push_back(torch::stable::contiguous(x));
+    return static_cast<const float*>(call_.in(kept_.back(), name));
+  }
+
+  void* bytes(const torch::stable::Tensor& like, const char* name, int64_t count) {
+    kept_.push_back(torch::stable::new_empty(like, {count}, torch::headeronly::ScalarType::Byte));
+    return call_.out(kept_.back(), name);
+  }
+
+  // What the backward kernels read of the forward pass, and their scratch. `in` is complete.
+  void gradient(cuda::AttentionBackward& g, const torch::stable::Tensor& grad_out,
+                const torch::stable::Tensor& out, const torch::stable::Tensor& lse) {
+    const cuda::Attention& a = g.in;
+    for (const auto* x : {&grad_out, &out}) {
+      RLIR_CHECK(x->dim() == 4 && x->size(0) == a.sequences && x->size(1) == a.tokens &&
+                     x->size(2) == a.heads && x->size(3) == a.depth,
+                 op_, ": gradients and out must have q's shape, got otherwise");
+      RLIR_CHECK(float_dtype(op_, *x) == a.dtype && x->device() == out.device(), op_,
+                 ": gradients and out must have q's dtype and device, got otherwise");
+    }
+    RLIR_CHECK(lse.scalar_type() == torch::headeronly::ScalarType::Float &&
+                   lse.numel() == a.sequences * a.tokens * a.heads,
+               op_, ": lse must be float32 [N, T, Hq], got otherwise");
+    g.grad_out = heads(grad_out, "grad_out");
+    g.out = heads(out, "out");
+    g.lse = floats(lse, "lse");
+    for (int p = 0; p < a.parts; ++p) {
+      const int64_t batches = p == 0 ? a.sequences / a.group : a.sequences;
+      const int64_t tiles = batches * cuda::gradient_tiles(a, p);
+      g.rows[p] = {scratch(grad_out, "lse of rows", tiles * 64 * a.kv_heads),
+                   scratch(grad_out, "delta of rows", tiles * 64 * a.kv_heads),
+                   bytes(grad_out, "sights of rows", tiles * 64 * 16),
+                   bytes(grad_out, "spans of rows", tiles * 16)};
+    }
   }
 
   // Rows of queries that share a head of keys, and so the tiles, are counted in 32 bits.

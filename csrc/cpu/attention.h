@@ -156,12 +156,9 @@ inline void pair_rows(typename F::Word* out, int64_t stride, const void* x0, con
   }
 }
 
-// Two vectors of neighbouring slots as words; returns the values that they hold.
-struct TwoVectors {
-  Vf even, odd;
-};
+// Two vectors of neighbouring slots as words.
 template <typename F>
-inline TwoVectors put_pair(typename F::Word* out, int64_t stride, Vf even, Vf odd) {
+inline void put_pair(typename F::Word* out, int64_t stride, Vf even, Vf odd) {
 #if defined(__AVX512BF16__)
   if constexpr (F::kPerWord == 2) {
     alignas(64) static const uint16_t kInterleave[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
@@ -172,19 +169,13 @@ inline TwoVectors put_pair(typename F::Word* out, int64_t stride, Vf even, Vf od
     const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
     const __m512i word = _mm512_maskz_permutexvar_epi16(~__mmask32{0}, order, halves);
     __builtin_memcpy(out, &word, sizeof word);
-    const Vu bits = (Vu)word;
-    return {(Vf)(bits << 16), (Vf)(bits & 0xffff0000u)};
+    return;
   }
 #endif
-  const Vf a = F::rounded(even), b = F::rounded(odd);
-  if constexpr (F::kSwapped) {
-    store_vector(reinterpret_cast<float*>(out), b);
-    store_vector(reinterpret_cast<float*>(out) + stride, a);
-  } else {
-    store_vector(reinterpret_cast<float*>(out), a);
-    store_vector(reinterpret_cast<float*>(out) + stride, b);
-  }
-  return {a, b};
+  const Vf first = F::rounded(F::kSwapped ? odd : even),
+           second = F::rounded(F::kSwapped ? even : odd);
+  store_vector(reinterpret_cast<float*>(out), first);
+  store_vector(reinterpret_cast<float*>(out) + stride, second);
 }
 
 // sums[d][lanes] += over `steps` words: column [steps][kPanel] of the lanes, words v
@@ -471,9 +462,9 @@ inline void softmax_block(Panel<F>& p, int64_t count, int64_t dim, float scale) 
           const Vf odd =
               exp2_weight<kDegree>(fma(load_vector(at + kPanel), splat(scale), -reference));
           Word* to = reinterpret_cast<Word*>(column) + (k + j) / F::kPerWord * kPanel;
-          const TwoVectors e = put_pair<F>(to, kPanel, even, odd);
-          sums[j] += e.even;
-          sums[j + 1] += e.odd;
+          put_pair<F>(to, kPanel, even, odd);
+          sums[j] += even;
+          sums[j + 1] += odd;
         }
         continue;
       }
@@ -485,9 +476,9 @@ inline void softmax_block(Panel<F>& p, int64_t count, int64_t dim, float scale) 
           odd = exp2_weight<kDegree>(fma(load_vector(at + kPanel), splat(scale), -reference));
         }
         Word* to = reinterpret_cast<Word*>(column) + (k + j) / F::kPerWord * kPanel;
-        const TwoVectors e = put_pair<F>(to, kPanel, even, odd);
-        sums[j] += e.even;
-        sums[j + 1] += e.odd;
+        put_pair<F>(to, kPanel, even, odd);
+        sums[j] += even;
+        sums[j + 1] += odd;
       }
     }
     fold_lanes(sums);

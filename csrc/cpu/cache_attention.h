@@ -2,10 +2,16 @@
 // softmax. Scores, weights and values stay in the first caches; two queries of a key head go
 // together, so that a vector of keys or values is loaded once for both.
 //
+// Here key slots are lanes, in cpu/attention.h queries are. Order and bits are the same
+// (cpu/video_attention.h): blocks of 128 absolute slots, online softmax, one chain over d and one
+// over the slots. So a rollout's bits are those of the training forward.
+//
 // Internal linkage: compiled once per instruction set.
 #pragma once
 
+#include "core/exp2.h"
 #include "cpu/softmax.h"
+#include "cpu/video_attention.h"
 #include "cpu/words.h"
 
 namespace rlir::cpu {
@@ -21,8 +27,7 @@ constexpr int kValueVectors = 4;
 constexpr int kScoreBlocks = 1;
 constexpr int kValueVectors = 4;
 #endif
-constexpr int64_t kKeyGroup = 64;          // positions whose keys lie together: [words of d][64]
-constexpr float kLeastWeight = 0x1p-100f;  // softmax weights below are 0: none is subnormal
+constexpr int64_t kKeyGroup = 64;  // positions whose keys lie together: [words of d][64]
 
 // Positions 0 .. count - 1 of one head of one sequence. A cache is read once a step, faster than
 // memory brings it by itself: while a segment is read, the same places of the next one are asked
@@ -120,15 +125,15 @@ __attribute__((noinline)) void value_lanes(float* const* out,
   }
 }
 
-// out[j][0 .. stride) += weights[j] v, one chain over positions.
+// out[j][0 .. stride) += weights[j] v, a chain over `words` words of positions.
 template <typename F, int kQueries>
 inline void add_values(float* const* out, const typename F::Word* const* weights,
-                       const Segment<F>& seen, int64_t stride) {
-  const int64_t words = words_for<F>(seen.count);
+                       const typename F::Word* values, const typename F::Word* next_values,
+                       int64_t words, int64_t stride) {
   for (int64_t lane = 0; lane < stride; lane += kValueVectors * kWidth) {
     float* at[kQueries];
     for (int j = 0; j < kQueries; ++j) at[j] = out[j] + lane;
-    const auto *v = seen.v + lane, *next = seen.next_v + lane;
+    const auto *v = values + lane, *next = next_values + lane;
     switch (at_most((stride - lane) / kWidth, kValueVectors)) {
       case 4:
         value_lanes<F, kQueries, 4>(at, weights, v, next, words, stride);
@@ -145,39 +150,6 @@ inline void add_values(float* const* out, const typename F::Word* const* weights
   }
 }
 
-// Largest of scale times the scores of a segment, which replace them; -infinity beyond its end.
-inline Vf scale_scores(float* scores, int64_t count, float scale, Vf maximum) {
-  int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth) {
-    const Vf x = load_vector(scores + i) * splat(scale);
-    store_vector(scores + i, x);
-    maximum = max(x, maximum);
-  }
-  for (; i < round_up(count, 16); i += kWidth) {
-    const Vi inside = kLaneNumbers + static_cast<int32_t>(i) < Vi{} + static_cast<int32_t>(count);
-    const Vf x = select(inside, load_vector(scores + i) * splat(scale), splat(minus_infinity()));
-    store_vector(scores + i, x);
-    maximum = max(x, maximum);
-  }
-  return maximum;
-}
-
-// exp(score - maximum) as words; adds to 16 sums.
-template <typename F>
-inline void weights_of(typename F::Word* weights, const float* scores, int64_t count, float maximum,
-                       Vf* sums) {
-  for (int64_t i = 0; i < count; i += 16) {
-#pragma GCC unroll 4
-    for (int part = 0; part < kPer16; ++part) {
-      const int64_t at = i + part * kWidth;
-      Vf e = exp(load_vector(scores + at) - splat(maximum));
-      e = F::rounded(select(e < splat(kLeastWeight), Vf{}, e));
-      sums[part] += e;
-      F::put(weights, at, e);
-    }
-  }
-}
-
 inline float fold_sums(const Vf* sums) {
   float lanes[16];
   for (int part = 0; part < kPer16; ++part) store_vector(lanes + part * kWidth, sums[part]);
@@ -185,50 +157,91 @@ inline float fold_sums(const Vf* sums) {
   return lanes[0];
 }
 
-// Work space of a query.
-inline int64_t query_scratch(int64_t seen) { return 2 * (round_up(seen, 16) + 16); }
+// A query's softmax so far.
+struct RunningSoftmax {
+  float maximum, l;
+};
 
-// out[j] [d padded to 16] of kQueries queries q[j] of one key head.
+// Weights, as words, of a block's scores [count padded to 16], which are -infinity beyond its end.
+// Returns what earlier sums are to be multiplied by.
+template <typename F>
+inline float weights_of(typename F::Word* weights, const float* scores, int64_t count, float scale,
+                        RunningSoftmax& softmax) {
+  constexpr int kDegree = F::kPerWord == 2 || F::kSwapped ? 4 : 6;
+  Vf best = splat(minus_infinity());
+  for (int64_t i = 0; i < count; i += kWidth) best = max(load_vector(scores + i), best);
+  float m = best[0];
+  for (int i = 1; i < kWidth; ++i) m = best[i] > m ? best[i] : m;
+  m *= scale;
+  const float before = softmax.maximum, now = m > before ? m : before;
+  const float reference = now == minus_infinity() ? 0.0f : now;
+  const float factor = before == now ? 1.0f : exp2_weight<6>(splat(before - reference))[0];
+  Vf sums[kPer16] = {};
+  for (int64_t i = 0; i < count; i += 16) {
+#pragma GCC unroll 4
+    for (int part = 0; part < kPer16; ++part) {
+      const int64_t at = i + part * kWidth;
+      const Vf e =
+          exp2_weight<kDegree>(fma(load_vector(scores + at), splat(scale), splat(-reference)));
+      sums[part] += e;
+      F::put(weights, at, F::rounded(e));
+    }
+  }
+  softmax = {now, __builtin_fmaf(softmax.l, factor, fold_sums(sums))};
+  return factor;
+}
+
+// Work space of a query.
+inline int64_t query_scratch(int64_t seen) { return 2 * (round_up(seen, 16) + 32); }
+
+// out[j] [d padded to 16] of kQueries queries q[j] of one key head. The shared positions are an
+// even number, so that pairs of positions lie in one segment. `scale` includes log2(e).
 template <typename F, int kQueries>
 inline void attend(float* const* out, const typename F::Word* const* q, const Segment<F>& shared,
                    const Segment<F>& own, int64_t dim, float scale, float* scratch) {
   using Word = typename F::Word;
   const int64_t padded = round_up(dim, 16), words = words_for<F>(dim);
-  const int64_t own_start = round_up(shared.count, 16);
-  const int64_t size = own_start + round_up(own.count, 16);
+  const int64_t total = shared.count + own.count, size = round_up(total, 16) + 32;
   float *scores[kQueries], *own_scores[kQueries];
-  Word *weights[kQueries], *own_weights[kQueries];
+  RunningSoftmax softmax[kQueries];
   for (int j = 0; j < kQueries; ++j) {
     scores[j] = scratch + j * 2 * size;
-    own_scores[j] = scores[j] + own_start;
-    weights[j] = reinterpret_cast<Word*>(scores[j] + size);
-    own_weights[j] = weights[j] + own_start / F::kPerWord;
-  }
-  scores_of<F, kQueries>(scores, q, shared, words);
-  scores_of<F, kQueries>(own_scores, q, own, words);
-  float inverse[kQueries];
-  for (int j = 0; j < kQueries; ++j) {
-    Vf maximum = splat(minus_infinity());
-    maximum = scale_scores(scores[j], shared.count, scale, maximum);
-    maximum = scale_scores(own_scores[j], own.count, scale, maximum);
-    float m = maximum[0];
-    for (int i = 1; i < kWidth; ++i) m = maximum[i] > m ? maximum[i] : m;
-    Vf sums[kPer16] = {};
-    weights_of<F>(weights[j], scores[j], shared.count, m, sums);
-    weights_of<F>(own_weights[j], own_scores[j], own.count, m, sums);
-    inverse[j] = 1.0f / fold_sums(sums);
+    own_scores[j] = scores[j] + shared.count;
+    softmax[j] = {minus_infinity(), 0.0f};
     for (int64_t i = 0; i < padded; i += kWidth) store_vector(out[j] + i, Vf{});
   }
-  const Word *from[kQueries], *own_from[kQueries];
+  scores_of<F, kQueries>(scores, q, shared, words);
+  scores_of<F, kQueries>(own_scores, q, own, words);  // over what lies beyond the shared ones
   for (int j = 0; j < kQueries; ++j) {
-    from[j] = weights[j];
-    own_from[j] = own_weights[j];
+    for (int64_t i = total; i < round_up(total, 16); ++i) scores[j][i] = minus_infinity();
   }
-  add_values<F, kQueries>(out, from, shared, padded);
-  add_values<F, kQueries>(out, own_from, own, padded);
+  for (int64_t start = 0; start < total; start += kKeyBlock) {
+    const int64_t end = at_most(start + kKeyBlock, total);
+    const Word* weights[kQueries];
+    for (int j = 0; j < kQueries; ++j) {
+      Word* to = reinterpret_cast<Word*>(scores[j] + size);
+      const float factor =
+          weights_of<F>(to, scores[j] + start, round_up(end - start, 16), scale, softmax[j]);
+      weights[j] = to;
+      if (factor == 1.0f || start == 0) continue;
+      for (int64_t i = 0; i < padded; i += kWidth) {
+        store_vector(out[j] + i, load_vector(out[j] + i) * splat(factor));
+      }
+    }
+    const auto add = [&](const Segment<F>& part, int64_t from, int64_t to) {
+      if (from >= to) return;
+      const int64_t at = words_of<F>(from, F::kSwapped) * padded;
+      add_values<F, kQueries>(out, weights, part.v + at, part.next_v + at, words_for<F>(to - from),
+                              padded);
+      for (int j = 0; j < kQueries; ++j) weights[j] += words_for<F>(to - from);
+    };
+    add(shared, start, at_most(end, shared.count));
+    add(own, start > shared.count ? start - shared.count : 0, end - shared.count);
+  }
   for (int j = 0; j < kQueries; ++j) {
+    const float inverse = 1.0f / softmax[j].l;
     for (int64_t i = 0; i < padded; i += kWidth) {
-      store_vector(out[j] + i, load_vector(out[j] + i) * splat(inverse[j]));
+      store_vector(out[j] + i, load_vector(out[j] + i) * splat(inverse));
     }
   }
 }

@@ -148,6 +148,54 @@ void rotate(const float* x, const float* cosine, const float* sine, int64_t dim,
   for (int64_t i = dim; i < round_up(dim, 16); ++i) out[i] = 0.0f;
 }
 
+// Keys or values of a head of a sequence and layer.
+template <typename F>
+typename F::Word* keys_of(const Decoder& m, const DecoderCache& cache, int64_t layer,
+                          int64_t sequence, int64_t head) {
+  const int64_t size = round_up(cache.capacity, kKeyGroup) * words_for<F>(m.head_dim);
+  return static_cast<typename F::Word*>(cache.k) +
+         ((layer * cache.sequences + sequence) * m.kv_heads + head) * size;
+}
+template <typename F>
+typename F::Word* values_of(const Decoder& m, const DecoderCache& cache, int64_t layer,
+                            int64_t sequence, int64_t head) {
+  const int64_t size = words_for<F>(cache.capacity) * round_up(m.head_dim, 16);
+  return static_cast<typename F::Word*>(cache.v) +
+         ((layer * cache.sequences + sequence) * m.kv_heads + head) * size;
+}
+
+// What put_column wrote.
+template <typename F>
+float column_value(const typename F::Word* words, int64_t stride, int64_t n, int64_t lane) {
+  if constexpr (F::kPerWord == 2) {
+    const uint32_t word = words[n / 2 * stride + lane];
+    return __builtin_bit_cast(float, n % 2 == 0 ? word << 16 : word & 0xffff0000u);
+  } else {
+    return words[(F::kSwapped ? n ^ 1 : n) * stride + lane];
+  }
+}
+
+template <typename F>
+void copy_position(const Decoder& m, const DecoderCache& from, int64_t sequence, int64_t position,
+                   const DecoderCache& to, int64_t to_sequence, int64_t to_position) {
+  const int64_t words = words_for<F>(m.head_dim), padded = round_up(m.head_dim, 16);
+  const auto column = [&](typename F::Word* keys, int64_t n) {
+    return keys + n / kKeyGroup * kKeyGroup * words + n % kKeyGroup;
+  };
+  for (int64_t layer = 0; layer < m.layers; ++layer) {
+    for (int64_t head = 0; head < m.kv_heads; ++head) {
+      const auto* k = column(keys_of<F>(m, from, layer, sequence, head), position);
+      auto* to_k = column(keys_of<F>(m, to, layer, to_sequence, head), to_position);
+      for (int64_t w = 0; w < words; ++w) to_k[w * kKeyGroup] = k[w * kKeyGroup];
+      const auto* v = values_of<F>(m, from, layer, sequence, head);
+      auto* to_v = values_of<F>(m, to, layer, to_sequence, head);
+      for (int64_t i = 0; i < padded; ++i) {
+        put_column<F>(to_v, padded, to_position, i, column_value<F>(v, padded, position, i));
+      }
+    }
+  }
+}
+
 template <typename F>
 class Attention {
  public:
@@ -168,7 +216,8 @@ class Attention {
       rotate(qkv + h * dim, cosine, sine, dim, spare);
       put_row<F>(q + h * padded, spare, padded);
     }
-    const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(dim));
+    const double root = __builtin_sqrt(static_cast<double>(dim));
+    const float scale = static_cast<float>(0x1.71547652b82fep+0 * (1.0 / root));
     for (int64_t h = 0; h < m_.kv_heads; ++h) {
       rotate(qkv + (m_.heads + h) * dim, cosine, sine, dim, spare);
       append(row, h, spare, qkv + (m_.heads + m_.kv_heads + h) * dim, spare + padded);
@@ -202,17 +251,11 @@ class Attention {
 
  private:
   Word* keys(const DecoderCache& cache, int64_t sequence, int64_t head) const {
-    const int64_t size = round_up(cache.capacity, kKeyGroup) * words_for<F>(m_.head_dim);
-    return static_cast<Word*>(cache.k) + index(cache, sequence, head) * size;
+    return keys_of<F>(m_, cache, layer_, sequence, head);
   }
 
   Word* values(const DecoderCache& cache, int64_t sequence, int64_t head) const {
-    const int64_t size = words_for<F>(cache.capacity) * round_up(m_.head_dim, 16);
-    return static_cast<Word*>(cache.v) + index(cache, sequence, head) * size;
-  }
-
-  int64_t index(const DecoderCache& cache, int64_t sequence, int64_t head) const {
-    return (layer_ * cache.sequences + sequence) * m_.kv_heads + head;
+    return values_of<F>(m_, cache, layer_, sequence, head);
   }
 
   Segment<F> segment(const DecoderCache& cache, int64_t sequence, int64_t head,
@@ -309,6 +352,12 @@ void decoder_pack(const Matrix& weight, int64_t outputs, int64_t depth, bool bfl
                   void* packed) {
   bfloat16 ? pack<BFloat16Words>(weight, outputs, depth, packed)
            : pack<Plain>(weight, outputs, depth, packed);
+}
+
+void decoder_copy(const Decoder& m, const DecoderCache& from, int64_t sequence, int64_t position,
+                  const DecoderCache& to, int64_t to_sequence, int64_t to_position) {
+  (m.bfloat16 ? copy_position<BFloat16Words> : copy_position<Plain>)(m, from, sequence, position,
+                                                                     to, to_sequence, to_position);
 }
 
 void decoder_layers(const Decoder& m, const DecoderCache& shared, const DecoderCache& own,

@@ -16,11 +16,11 @@
 // Both are read in place by the products.
 //
 // Bits. Each output of a weight's product is the chain of cpu/product.h; a score is one chain over
-// d; an output of attention one chain over positions, the shared ones first. Sums over a row (mean
-// of squares, softmax) go to accumulator index mod 16 and fold as in cpu/softmax.h. None of that
-// depends on other rows, so a row's bits depend on its own past alone, whatever the batch, the
-// chunks, the threads and the instruction set. What was never written to a cache is never used,
-// not even times zero.
+// d; softmax and values run over blocks of 128 positions in the order of cpu/video_attention.h,
+// whose bits they have. The mean of squares goes to accumulator index mod 16 and folds as in
+// cpu/softmax.h. None of that depends on other rows, so a row's bits depend on its own past alone,
+// whatever the batch, the chunks, the threads and the instruction set. What was never written to a
+// cache is never used, not even times zero.
 #pragma once
 
 #include <stdint.h>
@@ -50,8 +50,8 @@ struct DecoderCache {
   int64_t sequences, capacity;
 };
 
-// A row: its position, what it sees of the shared cache, and what it sees of its own, in which
-// its own key and value come last.
+// A row: its position, what it sees of the shared cache (an even number of positions: pairs of
+// positions stay together), and what it sees of its own, in which its own key and value come last.
 struct DecoderRow {
   int64_t position;
   int64_t shared, shared_count;
@@ -74,6 +74,10 @@ using DecoderPack = void(const Matrix& weight, int64_t outputs, int64_t depth, b
 // x [count][stride] in place; pads of x are zero. Scratch is aligned to 64.
 using DecoderLayers = void(const Decoder&, const DecoderCache& shared, const DecoderCache& own,
                            const DecoderRow* rows, int64_t count, float* x, void* scratch);
+// One position of a sequence, all layers and heads, to a position of a sequence of another cache.
+using DecoderCopy = void(const Decoder&, const DecoderCache& from, int64_t sequence,
+                         int64_t position, const DecoderCache& to, int64_t to_sequence,
+                         int64_t to_position);
 // logits [count][codes].
 using DecoderLogits = void(const Decoder&, const float* x, int64_t count, float* logits,
                            void* scratch);
@@ -82,6 +86,7 @@ using DecoderLogits = void(const Decoder&, const float* x, int64_t count, float*
   namespace isa {               \
   DecoderSizesOf decoder_sizes; \
   DecoderPack decoder_pack;     \
+  DecoderCopy decoder_copy;     \
   DecoderLayers decoder_layers; \
   DecoderLogits decoder_logits; \
   }

@@ -11,7 +11,7 @@ namespace {
 
 template <typename F>
 AttentionSizes sizes_of(int64_t dim) {
-  return {kPanel, panel_floats<F>(dim) * 4, dim + 2};
+  return {kPanel, panel_floats<F>(dim) * 4};
 }
 
 template <typename F>
@@ -23,28 +23,6 @@ void whole(const VideoAttention& a, int64_t panel, float* scratch) {
   finish(p, a, panel * kPanel);
 }
 
-template <typename F>
-void part(const VideoAttention& a, int64_t panel, int64_t first, int64_t last, bool begins,
-          bool ends, float* state, float* scratch) {
-  Panel<F> p = panel_at<F>(scratch, a.dim);
-  const int64_t size = a.dim + 2;
-  float* lanes = state + panel * kPanel * size;
-  load_queries(p, a, panel * kPanel);
-  clear_state(p, a.dim);
-  for (int i = 0; !begins && i < p.lanes; ++i) {
-    p.maximum[i] = lanes[i * size];
-    p.l[i] = lanes[i * size + 1];
-    for (int64_t d = 0; d < a.dim; ++d) p.sums[d * kPanel + i] = lanes[i * size + 2 + d];
-  }
-  attend_blocks(p, a, first, last);
-  if (ends) return finish(p, a, panel * kPanel);
-  for (int i = 0; i < p.lanes; ++i) {
-    lanes[i * size] = p.maximum[i];
-    lanes[i * size + 1] = p.l[i];
-    for (int64_t d = 0; d < a.dim; ++d) lanes[i * size + 2 + d] = p.sums[d * kPanel + i];
-  }
-}
-
 }  // namespace
 
 AttentionSizes attention_sizes(bool bfloat16, int64_t dim) {
@@ -54,13 +32,6 @@ AttentionSizes attention_sizes(bool bfloat16, int64_t dim) {
 void attend(const VideoAttention& a, int64_t panel, void* scratch) {
   float* space = static_cast<float*>(scratch);
   a.bfloat16 ? whole<BFloat16Words>(a, panel, space) : whole<Plain>(a, panel, space);
-}
-
-void attend_part(const VideoAttention& a, int64_t panel, int64_t first, int64_t last, bool begins,
-                 bool ends, float* state, void* scratch) {
-  float* space = static_cast<float*>(scratch);
-  a.bfloat16 ? part<BFloat16Words>(a, panel, first, last, begins, ends, state, space)
-             : part<Plain>(a, panel, first, last, begins, ends, state, space);
 }
 
 }  // namespace rlir::cpu::RLIR_ISA

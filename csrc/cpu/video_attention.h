@@ -14,9 +14,10 @@
 //
 //   s_k   one chain of fused multiply-adds over d, in a bfloat16 call the pairs of vdpbf16ps
 //   m'    the larger of m and max s_k times scale log2(e);  f = 2^(m - m')
-//   e_k   2^fma(s_k, scale log2(e), -m'), 0 below 2^-100; rounded to bfloat16 in a bfloat16 call
+//   e_k   2^fma(s_k, scale log2(e), -m'), 0 below 2^-100
 //   sum   key k goes to accumulator k mod 16; they fold as in cpu/softmax.h; l = fma(l, f, sum)
-//   acc_d acc_d f, then a chain over the keys, in pairs of even and odd slot in a bfloat16 call
+//   acc_d acc_d f, then a chain over the keys of e_k v_kd; in a bfloat16 call e_k is rounded to it,
+//         and the chain goes by pairs of even and odd slot
 //
 // A key that is not seen has weight 0 and adds exact zeros; what no query of a panel sees is not
 // even multiplied by 0 (it may be NaN: memory that was never written). So a query's bits depend on
@@ -77,17 +78,11 @@ struct VideoAttention {
 struct AttentionSizes {
   int64_t panel;    // lanes of a panel
   int64_t scratch;  // bytes of a task, aligned to 64
-  int64_t state;    // floats that a lane leaves behind between two calls of attend_part
 };
 using AttentionSizesOf = AttentionSizes(bool bfloat16, int64_t dim);
 
 // Panel number `panel` of the lanes.
 using AttendKernel = void(const VideoAttention& args, int64_t panel, void* scratch);
-// The same for blocks [first, last) alone, from a state [lanes][state] and into it; `begins`
-// ignores what the state holds, `ends` writes the results.
-using AttendPartKernel = void(const VideoAttention& args, int64_t panel, int64_t first,
-                              int64_t last, bool begins, bool ends, float* state, void* scratch);
-
 // Sums of dk (without the scale) and dv: [slots][attention_stride(dim)] for each segment.
 struct KeyGradients {
   float *k[2], *v[2];
@@ -123,7 +118,6 @@ using StoreKeyGradients = void(bool bfloat16, const float* sums, int64_t shares,
   namespace isa {                          \
   AttentionSizesOf attention_sizes;        \
   AttendKernel attend;                     \
-  AttendPartKernel attend_part;            \
   BackwardScratch attend_backward_scratch; \
   AttendBackward attend_backward;          \
   StoreKeyGradients store_key_gradients;   \

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "cpu/product.h"
+#include "cpu/rows.h"
 
 namespace rlir::cpu {
 namespace {  // nothing here may be shared between instruction sets

@@ -46,6 +46,17 @@ inline cpu::KeySource one_segment(const torch::stable::Tensor& k, const torch::s
   return s;
 }
 
+// The slots of `first`, then those of `second`.
+inline cpu::KeySource two_segments(const cpu::KeySource& first, const cpu::KeySource& second) {
+  cpu::KeySource s = first;
+  s.k[1] = second.k[0];
+  s.v[1] = second.v[0];
+  s.k_stride[1] = second.k_stride[0];
+  s.v_stride[1] = second.v_stride[0];
+  s.count[1] = second.count[0];
+  return s;
+}
+
 // Into how many shares the queries of a (row, key head) are cut for the sums of dk and dv: some
 // eight tasks in all, whatever the threads.
 inline int64_t shares_for(int64_t units) { return units >= 8 ? 1 : (7 + units) / units; }

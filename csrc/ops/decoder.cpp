@@ -183,6 +183,12 @@ int64_t frame_chunk(const Frame& f, int64_t first, int64_t n) {
   const Scratch x_space(n * p.stride * 4), logits_space(n * codes * 4);
   const Scratch scratch(p.sizes(n, 1, seen).scratch * 4);
   const Scratch sampling_scratch(RLIR_CPU_KERNEL(sample_tokens_scratch)(codes));
+  // An odd last position of the prompt is each rollout's own (cpu/decoder.h).
+  const int64_t shared = s / 2 * 2;
+  for (int64_t i = 0; shared < s && f.frame == 1 && i < n; ++i) {
+    RLIR_CPU_KERNEL_BF16(decoder_copy)
+    (p.decoder, f.shared, (first + i) / f.group_size, shared, f.own, first + i, 0);
+  }
   std::vector<int64_t> token(n);
   std::vector<float> logprob(n), entropy(n);
   std::vector<cpu::DecoderRow> rows(n);
@@ -202,7 +208,7 @@ int64_t frame_chunk(const Frame& f, int64_t first, int64_t n) {
       const int64_t id = j < 0 ? drawn[-1] : j < a ? codes + f.blocks[row * a + j] : drawn[j - a];
       const float* stem = image < 0 ? nullptr : f.stem + (row * s + image) * p.decoder.hidden;
       embed(p, id, j < 0 ? p.block - 1 : j, stem, x + i * p.stride);
-      rows[i] = {position, row / f.group_size, s, row, position - s + 1};
+      rows[i] = {position, row / f.group_size, shared, row, position - shared + 1};
     }
     RLIR_CPU_KERNEL_BF16(decoder_layers)
     (p.decoder, f.shared, f.own, rows.data(), n, x, scratch.get());
@@ -231,8 +237,9 @@ void decoder_frame_cpu(const std::vector<Tensor>& weights, const std::vector<int
   const int64_t s = p.image, a = p.action();
   RLIR_CHECK(codes.dim() == 3 && codes.size(2) == s, "decoder: codes must be [B, L, ", s, "], got ",
              codes.dim(), " dimensions");
-  const int64_t b = codes.size(0), length = codes.size(1), capacity = (length - 1) * p.block;
-  RLIR_CHECK(frame > 0 && frame < length && s + capacity <= p.decoder.positions,
+  const int64_t b = codes.size(0), length = codes.size(1),
+                capacity = s % 2 + (length - 1) * p.block;
+  RLIR_CHECK(frame > 0 && frame < length && s / 2 * 2 + capacity <= p.decoder.positions,
              "decoder: frame must be from 1 and below ", length, ", got ", frame);
   const int64_t prompts = shared_k.size(1);
   RLIR_CHECK(prompts > 0 && b % prompts == 0, "decoder: rollouts must be groups of prompts, got ",

@@ -49,14 +49,16 @@ def scale_of(op: str, scale: float | None, head_size: int) -> float:
     """1 / sqrt(D) if None."""
     if scale is None:
         return 1 / math.sqrt(head_size)
-    if not math.isfinite(scale):
-        raise InputError(f"{op}: scale must be finite or None, got {scale}")
+    if not 0 < scale < math.inf:
+        raise InputError(f"{op}: scale must be finite and > 0, or None, got {scale}")
     return float(scale)
 
 
 def check_mask(op: str, mask: object) -> None:
     if not isinstance(mask, Mask):
-        raise InputError(f"{op}: mask must be causal(), frame_causal() or diagonal(), got {mask!r}")
+        raise InputError(
+            f"{op}: mask must be causal(), frame_causal() or diagonal(), got a {type(mask).__name__}"
+        )
 
 
 def check_heads(op: str, tensors: dict[str, Tensor]) -> None:

@@ -194,7 +194,7 @@ class RolloutEngine:
         blocks = policy.action_ids(actions).repeat_interleave(group_size, 0)
         given = (self._packed.weights, self._packed.sizes, config.norm_eps)
         shared = self._cache(p, s)
-        own = self._cache(b, (length - 1) * config.block)
+        own = self._cache(b, s % 2 + (length - 1) * config.block)
         with span("rollout.prefill", p * s):
             ops._decoder_prefill.default(*given, prompts.contiguous(), *shared)
         rows = row_numbers(b, row_ids)

@@ -22,6 +22,8 @@ CUDA_OPS = re.findall(
     r"\w+",
     re.search(r"RLIR_CUDA_OPS ([^)]*)", (ROOT / "csrc/cuda/ops.cmake").read_text())[1],
 )
+KERNELS_OF = {"group_attention": "video_attention"}
+"""Ops that run another's CPU kernels."""
 SUFFIXES = {".py", ".pyi", ".h", ".cpp", ".cuh", ".cu"}
 FOLDERS = ("rlir", "csrc", "tests", "benchmarks", "examples", "scripts", "tools")
 SOURCES = sorted(
@@ -65,7 +67,8 @@ def test_there_are_ops() -> None:
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("op", OPS)
 def test_an_op_has_its_name_in_every_layer(op: str, layer: str) -> None:
-    assert (ROOT / layer.format(op=op)).is_file()
+    name = KERNELS_OF.get(op, op) if layer.startswith("csrc/cpu") else op
+    assert (ROOT / layer.format(op=name)).is_file()
 
 
 @pytest.mark.parametrize("layer", CUDA_LAYERS)
@@ -78,7 +81,7 @@ def test_a_cuda_op_has_its_name_in_every_layer(op: str, layer: str) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_an_op_and_its_reference_are_public(op: str) -> None:
     public = (ROOT / "rlir" / "ops" / "__init__.py").read_text()
-    assert f'"{op}"' in public
+    assert f'"{op}"' in public or f'"{op}_"' in public, "a name that ends in _ writes in place"
     assert f'"{op}_reference"' in public
     assert op in (ROOT / "CMakeLists.txt").read_text()
 

@@ -16,35 +16,38 @@ from rlir.ops import Mask, causal, diagonal, frame_causal, visible
 # --- The definition of diagonal decoding ---------------------------------------------------------
 
 
-def decode(rows: int, columns: int, window: int) -> tuple[list[set[int]], int]:
-    """Diagonal decoding of one image, step by step: what each slot's query saw of the image, and
-    the number of steps.
+def schedule(rows: int, columns: int, window: int) -> list[list[int]]:
+    """Diagonal decoding of one image: the slots that each step feeds, after the actions' step.
 
     Every row under way feeds its newest token and draws the next. Row r + 1 begins once row r has
     ``window`` tokens, by feeding a filler into the last slot of row r, and so draws its first
     token. The last token of a row is never fed, but for the image's last: the next action block
-    brings it. The model's cache holds what was fed, and its attention is causal.
+    brings it, so no step here.
     """
-    steps = 1
     drawn = [0] * rows
     drawn[0] = 1  # by the action block before the image
-    fed: set[int] = set()
-    saw: dict[int, set[int]] = {}
+    steps = []
     while min(drawn) < columns:
-        steps += 1
         step = [(r, drawn[r] - 1, r) for r in range(rows) if 0 < drawn[r] < columns]
         for r in range(1, rows):
             if drawn[r] == 0 and drawn[r - 1] >= window:
                 step.append((r - 1, columns - 1, r))
                 break
-        fed |= {r * columns + c for r, c, _ in step}
-        for r, c, draws in step:
-            query = r * columns + c
-            saw[query] = {k for k in fed if k <= query}
+        for _, _, draws in step:
             drawn[draws] += 1
-    fed.add(rows * columns - 1)
-    saw[rows * columns - 1] = set(fed)
-    return [saw[slot] for slot in range(rows * columns)], steps
+        steps.append([r * columns + c for r, c, _ in step])
+    return steps
+
+
+def what_slots_saw(rows: int, columns: int, window: int) -> list[set[int]]:
+    """What each slot's query saw of its image: the cache holds what was fed, queries are causal."""
+    saw: dict[int, set[int]] = {}
+    fed: set[int] = set()
+    for step in [*schedule(rows, columns, window), [rows * columns - 1]]:
+        fed.update(step)
+        for query in step:
+            saw[query] = {k for k in fed if k <= query}
+    return [saw[slot] for slot in range(rows * columns)]
 
 
 SIZES = [
@@ -55,7 +58,7 @@ SIZES = [
 
 @pytest.mark.parametrize(("rows", "columns", "window"), SIZES)
 def test_a_diagonal_mask_is_what_slots_saw(rows: int, columns: int, window: int) -> None:
-    saw, _ = decode(rows, columns, window)
+    saw = what_slots_saw(rows, columns, window)
     image = rows * columns
     mask = diagonal(rows, columns, window, context_frames=0)
     got = visible(mask, torch.arange(image), image)
@@ -66,7 +69,7 @@ def test_a_diagonal_mask_is_what_slots_saw(rows: int, columns: int, window: int)
 @pytest.mark.parametrize("window", [2, 4])
 def test_the_simulation_takes_the_published_number_of_steps(window: int) -> None:
     """24 + 13 w for a 14 x 24 image, among them the one that feeds the actions."""
-    assert decode(14, 24, window)[1] == 24 + 13 * window
+    assert 1 + len(schedule(14, 24, window)) == 24 + 13 * window
 
 
 def test_a_window_of_all_columns_is_causal() -> None:
@@ -104,7 +107,7 @@ def slots_of(mask: Mask, count: int) -> list[tuple[int, int]]:
 
 def brute(mask: Mask, count: int) -> Tensor:
     stream = slots_of(mask, count)
-    saw = decode(*mask.numbers[:3])[0] if mask.kind == "diagonal" else []
+    saw = what_slots_saw(*mask.numbers[:3]) if mask.kind == "diagonal" else []
     out = torch.zeros(count, count, dtype=torch.bool)
     for q, (q_frame, q_slot) in enumerate(stream):
         for k, (k_frame, k_slot) in enumerate(stream):

@@ -1,0 +1,105 @@
+// rlir::group_decode_attention: CPU dispatch. Passes: cpu/group_decode_attention.h.
+#include "ops/group_decode_attention.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "core/cpu_isa.h"
+#include "core/scratch.h"
+#include "cpu/group_decode_attention.h"
+#include "ops/attention_call.h"
+
+namespace rlir {
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr const char* kOp = "group_decode_attention";
+
+Tensor group_decode_attention_cpu(const Tensor& q_in, const Tensor& prefix_k_in,
+                                  const Tensor& prefix_v_in, const Tensor& suffix_k_in,
+                                  const Tensor& suffix_v_in, const Tensor& prefix_lengths,
+                                  const Tensor& suffix_lengths,
+                                  const std::optional<Tensor>& q_positions, std::string mask,
+                                  std::vector<int64_t> mask_numbers, int64_t group_size,
+                                  double scale) {
+  const AttentionShape s = attention_shape(kOp, q_in, suffix_k_in, suffix_v_in);
+  RLIR_CHECK(group_size >= 1 && s.batch % group_size == 0, kOp, ": q must hold whole groups, got ",
+             s.batch, " rollouts in groups of ", group_size);
+  const int64_t groups = s.batch / group_size;
+  check_part(kOp, "prefix", prefix_k_in, prefix_v_in, groups, s);
+  const Tensor q = attention_rows(kOp, "q", q_in, q_in);
+  const Tensor pk = attention_rows(kOp, "prefix_k", prefix_k_in, q_in);
+  const Tensor pv = attention_rows(kOp, "prefix_v", prefix_v_in, q_in);
+  const Tensor sk = attention_rows(kOp, "suffix_k", suffix_k_in, q_in);
+  const Tensor sv = attention_rows(kOp, "suffix_v", suffix_v_in, q_in);
+  Tensor out = torch::stable::new_empty(q, {s.batch, s.queries, s.heads, s.dim});
+  if (out.numel() == 0) return out;
+  const AttentionMask m = attention_mask(kOp, mask, mask_numbers);
+  const auto prefix = attention_lengths(kOp, "prefix_lengths", prefix_lengths, groups, pk.size(1));
+  const auto suffix = attention_lengths(kOp, "suffix_lengths", suffix_lengths, s.batch, s.keys);
+  std::vector<int64_t> keys(s.batch);
+  for (int64_t r = 0; r < s.batch; ++r) keys[r] = prefix[r / group_size] + suffix[r];
+  const auto reach = attention_reach(kOp, m, q_positions, std::vector<int64_t>(s.batch, s.queries),
+                                     keys, s.queries);
+
+  const cpu::AttentionSizes sizes = RLIR_CPU_KERNEL_BF16(attention_sizes)(s.bfloat16, s.dim);
+  const int64_t lanes = s.queries * s.group();  // of a rollout and key head
+  const auto panels_of = [&](int64_t n) { return (n + sizes.panel - 1) / sizes.panel; };
+  // Whole blocks of the prefix, where there is somebody to share them with.
+  const auto shared_blocks = [&](int64_t group) {
+    return group_size > 1 ? prefix[group] / cpu::kKeyBlock : 0;
+  };
+  const auto call_of = [&](int64_t group, int64_t first, int64_t members, int64_t head) {
+    cpu::VideoAttention a{};
+    a.bfloat16 = s.bfloat16;
+    a.dim = s.dim;
+    a.scale = log2_scale(scale);
+    a.mask = m;
+    a.queries = queries_of(q, first, head * s.group(), members, s.queries, s.group());
+    a.queries.reach = reach.data() + first * s.queries;
+    a.keys = one_segment(pk, pv, group, head, prefix[group]);
+    a.out = at(out, first, 0, head * s.group());
+    a.out_stride = {out.stride(0), out.stride(1), out.stride(2)};
+    return a;
+  };
+  const int64_t state_size = cpu::decode_state(s.dim);
+  const Scratch states(group_size > 1 ? s.batch * s.kv_heads * lanes * state_size * 4 : 0);
+  // [group][head][member][lane]
+  const auto state_of = [&](int64_t group, int64_t head, int64_t member) {
+    return states.get<float>() +
+           (((group * s.kv_heads + head) * group_size + member) * lanes) * state_size;
+  };
+  const int64_t panels = panels_of(lanes), group_panels = panels_of(group_size * lanes);
+  if (group_size > 1) {
+    const auto kernel = RLIR_CPU_KERNEL_BF16(decode_prefix);
+    for_tasks(groups * s.kv_heads * group_panels, sizes.scratch, [&](int64_t task, void* scratch) {
+      const int64_t unit = task / group_panels, group = unit / s.kv_heads, head = unit % s.kv_heads;
+      const int64_t blocks = shared_blocks(group);
+      if (blocks == 0) return;
+      kernel(call_of(group, group * group_size, group_size, head), task % group_panels, blocks,
+             state_of(group, head, 0), scratch);
+    });
+  }
+  const auto kernel = RLIR_CPU_KERNEL_BF16(decode_suffix);
+  for_tasks(s.batch * s.kv_heads * panels, sizes.scratch, [&](int64_t task, void* scratch) {
+    const int64_t unit = task / panels, row = unit / s.kv_heads, head = unit % s.kv_heads;
+    const int64_t group = row / group_size;
+    cpu::VideoAttention a = call_of(group, row, 1, head);
+    a.keys = two_segments(a.keys, one_segment(sk, sv, row, head, suffix[row]));
+    kernel(a, task % panels, shared_blocks(group),
+           group_size > 1 ? state_of(group, head, row % group_size) : nullptr, scratch);
+  });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(rlir, m) {
+  m.def(kGroupDecodeAttentionSchema, {at::Tag::pt2_compliant_tag});
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rlir, CPU, m) {
+  m.impl("group_decode_attention", TORCH_BOX(&group_decode_attention_cpu));
+}
+
+}  // namespace rlir

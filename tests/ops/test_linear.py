@@ -1,0 +1,231 @@
+"""linear: reference and CPU kernels against the formula in float64, values, gradients and bits."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from backends import Backend, backends_of, instruction_set, instruction_sets
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from isas import assert_same_bits_everywhere
+from linear_cases import SIZES, operands
+from row_cases import DTYPES, LAYOUTS, assert_close, laid_out, normal, with_gradients
+from testkit import examples
+from torch import Tensor
+
+from rlir.errors import InputError
+from rlir.ops import linear, linear_reference
+
+backends = backends_of(linear, linear_reference)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+def compare(op: Backend, inputs: tuple[Tensor, ...], grad: Tensor, **options: torch.dtype) -> None:
+    """Against torch in x's dtype, and float64 on the operands that both see."""
+    dtype = inputs[0].dtype
+    grad = grad.to(options.get("dtype", dtype))
+    with op.active():
+        got = with_gradients(op.function, inputs, grad, **options)
+    seen = [x.to(dtype) for x in inputs]
+    out, *gradients = with_gradients(F.linear, seen, grad.to(dtype))
+    peer = [out.to(got[0].dtype), *(g.to(x.dtype) for g, x in zip(gradients, inputs, strict=True))]
+    exact = [seen[0].double(), seen[1].double(), *(x.double() for x in inputs[2:])]
+    truth = with_gradients(F.linear, exact, grad.to(dtype).double())
+    for ours, theirs, true in zip(got, peer, truth, strict=True):
+        assert_close(ours, theirs, true)
+
+
+@backends
+@dtypes
+@pytest.mark.parametrize("sizes", [*SIZES, (0, 5, 4), (3, 5, 0), (3, 0, 5), (2, 1, 1)])
+def test_is_the_formula(op: Backend, dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
+    x, weight, bias, grad = operands(*sizes, dtype=dtype)
+    compare(op, (x, weight), grad)
+    compare(op, (x, weight, bias), grad)
+
+
+@backends
+@pytest.mark.parametrize("layout", LAYOUTS)
+@dtypes
+def test_any_layout(op: Backend, layout: str, dtype: torch.dtype) -> None:
+    x, weight = normal(5, 4, 21, dtype=dtype), normal(13, 21, dtype=dtype, seed=1)
+    grad = normal(5, 4, 13, dtype=dtype, seed=2)
+    inputs = (laid_out(x, layout), laid_out(weight, layout), laid_out(normal(13, seed=3), layout))
+    compare(op, inputs, laid_out(grad, layout))
+    plain = with_gradients(op, (x, weight, inputs[2].contiguous()), grad)
+    for a, b in zip(with_gradients(op, inputs, laid_out(grad, layout)), plain, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@backends
+def test_operands_are_rounded_to_the_dtype_of_x(op: Backend) -> None:
+    x, weight, bias, grad = operands(40, 70, 30)
+    low = x.bfloat16()
+    compare(op, (low, weight, bias), grad, dtype=torch.float32)
+    assert op(low, weight, bias).equal(op(low, weight.bfloat16(), bias))
+    assert op(x, weight.bfloat16()).equal(op(x, weight.bfloat16().float()))
+    got = with_gradients(op, (low, weight), grad, dtype=torch.float32)
+    assert [g.dtype for g in got] == [torch.float32, torch.bfloat16, torch.float32]
+    if op.is_reference:
+        return  # leaves gradients as they come
+    rounded = with_gradients(op, (low, weight), grad.bfloat16().float(), dtype=torch.float32)
+    assert all(a.equal(b) for a, b in zip(got, rounded, strict=True))
+
+
+@backends
+def test_the_result_may_have_another_dtype(op: Backend) -> None:
+    x, weight, bias, grad = operands(9, 40, 20)
+    compare(op, (x, weight, bias), grad, dtype=torch.bfloat16)
+    assert op(x, weight, dtype=torch.bfloat16).equal(op(x, weight).bfloat16())
+    low = x.bfloat16()
+    wide = op(low, weight, bias, dtype=torch.float32)
+    assert wide.bfloat16().equal(op(low, weight, bias)), "rounded once"
+
+
+@backends
+def test_hostile_values(op: Backend) -> None:
+    x, weight, bias, _ = operands(5, 33, 20)
+    x[1, 4], x[2, 0], x[3] = torch.nan, torch.inf, 0
+    weight[7, 3] = torch.nan
+    for dtype in DTYPES:
+        out = op(x.to(dtype), weight, bias)
+        assert out[1].isnan().all()
+        assert out[:, 7].isnan().all()
+        assert not out[2].isfinite().any()
+        kept = [i for i in range(20) if i != 7]
+        assert out[3, kept].equal(bias[kept].to(dtype))
+        clean = op(x[[0, 4]].to(dtype), weight[kept], bias[kept])
+        torch.testing.assert_close(out[[0, 4]][:, kept], clean)
+
+
+@settings(max_examples=examples(40), deadline=None)
+@given(
+    rows=st.integers(0, 300),
+    inputs=st.integers(0, 300),
+    outputs=st.integers(1, 120),
+    dtype=st.sampled_from(DTYPES),
+    weights=st.sampled_from(DTYPES),
+    isa=st.sampled_from(instruction_sets()),
+)
+def test_a_row_does_not_see_its_batch(
+    rows: int, inputs: int, outputs: int, dtype: torch.dtype, weights: torch.dtype, isa: str
+) -> None:
+    x, weight, bias, grad = operands(rows + 3, inputs, outputs, dtype=dtype)
+    weight = weight.to(weights)
+    with instruction_set(isa):
+        whole = with_gradients(linear, (x, weight, bias), grad)
+        alone = with_gradients(linear, (x[rows:], weight, bias), grad[rows:])
+        one = linear(x[rows], weight, bias)
+    assert whole[0][rows:].equal(alone[0])
+    assert whole[1][rows:].equal(alone[1])
+    assert whole[0][rows].equal(one)
+
+
+@settings(max_examples=examples(30), deadline=None)
+@given(
+    n=st.integers(0, 150),
+    k=st.integers(0, 150),
+    o=st.integers(0, 70),
+    dtype=st.sampled_from(DTYPES),
+    layouts=st.tuples(*[st.sampled_from(LAYOUTS)] * 3),
+    isa=st.sampled_from(instruction_sets()),
+)
+def test_any_shape(
+    n: int, k: int, o: int, dtype: torch.dtype, layouts: tuple[str, ...], isa: str
+) -> None:
+    x, weight, bias, grad = operands(n, k, o, dtype=dtype)
+    x, weight, grad = map(laid_out, (x, weight, grad), layouts)
+    compare(Backend(f"cpu-{isa}", linear), (x, weight, bias), grad)
+
+
+@dtypes
+def test_has_the_bits_of_the_rollout_engine(dtype: torch.dtype) -> None:
+    """The engine's head: logits of a product with a packed weight (csrc/cpu/decoder.cpp)."""
+    from rlir.models.world_model import WorldModel, WorldModelConfig
+    from rlir.ops import head_logits, rms_norm
+
+    config = WorldModelConfig(codes=70, rows=2, columns=3, frames=3, hidden=48, layers=1, heads=2)
+    torch.manual_seed(0)
+    model = WorldModel(config)
+    x = normal(23, 48)
+    h = rms_norm(x, model.norm.weight, config.norm_eps, dtype=dtype)
+    got = linear(h, model.lm_head.weight, dtype=torch.float32)
+    assert got.equal(head_logits(h, model.lm_head.weight.to(dtype)))
+
+
+def test_bits_do_not_depend_on_instruction_set_or_threads() -> None:
+    assert_same_bits_everywhere("linear_cases.py")
+
+
+def test_gradcheck() -> None:
+    inputs = (normal(s, t, dtype=torch.float64) for s, t in ((3, 5), (4, 5)))
+    leaves = [x.requires_grad_() for x in (*inputs, normal(4, dtype=torch.float64))]
+    assert torch.autograd.gradcheck(linear, leaves)
+
+
+@dtypes
+def test_any_gradient_alone(dtype: torch.dtype) -> None:
+    x, weight, bias, grad = operands(70, 9, 20, dtype=dtype)
+    every = with_gradients(linear, (x, weight, bias), grad)
+    for i, leaf in enumerate((x, weight, bias)):
+        inputs = [x, weight, bias]
+        inputs[i] = leaf.clone().requires_grad_()
+        (alone,) = torch.autograd.grad(linear(*inputs), inputs[i], grad)
+        assert alone.equal(every[1 + i])
+
+
+@backends
+@dtypes
+def test_a_gradient_of_stride_0(op: Backend, dtype: torch.dtype) -> None:
+    x, weight, bias, _ = operands(21, 34, 10, dtype=dtype)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    with op.active():
+        got = torch.autograd.grad(op.function(*leaves).sum(), leaves)
+        want = torch.autograd.grad(op.function(*leaves), leaves, torch.ones(21, 10, dtype=dtype))
+    assert all(a.equal(b) for a, b in zip(got, want, strict=True))
+    row = torch.ones(10, dtype=dtype).expand(21, 10)
+    assert torch.autograd.grad(linear(*leaves), leaves, row)[1].equal(want[1]) or op.is_reference
+
+
+def test_opcheck() -> None:
+    op, back = torch.ops.rlir.linear.default, torch.ops.rlir.linear_backward.default
+    for rows in (0, 4):
+        x, weight, bias, grad = operands(rows, 6, 5)
+        leaves = [t.requires_grad_() for t in (x, weight, bias)]
+        torch.library.opcheck(op, leaves, {"to_bfloat16": rows == 4})
+        torch.library.opcheck(op, leaves[:2], {"to_bfloat16": False})
+        needs = {"need_x": True, "need_weight": rows == 4, "need_bias": rows == 0}
+        torch.library.opcheck(back, (grad, x.detach(), weight.detach()), needs)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_compiles_once_for_all_sizes(biased: bool) -> None:
+    def double(x: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
+        return linear(x * 2, weight, *bias)
+
+    compiled = torch.compile(double, backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows, stance in ((3, "default"), (8, "fail_on_recompile")):
+        x, weight, grad = normal(rows, 2, 10), normal(6, 10), normal(rows, 2, 6, seed=1)
+        inputs = (x, weight, normal(6, seed=2)) if biased else (x, weight)
+        with torch.compiler.set_stance(stance):
+            got = with_gradients(compiled, inputs, grad)
+        want = with_gradients(double, inputs, grad)
+        assert all(a.equal(b) for a, b in zip(got, want, strict=True))
+
+
+@backends
+@pytest.mark.parametrize(
+    ("inputs", "options", "line"),
+    [
+        ((torch.ones(()), torch.ones(1, 1)), {}, r"x must be \[..., K\], got shape \(\)"),
+        ((torch.ones(2, 3), torch.ones(4, 2)), {}, r"weight must be \[N, 3\], got shape \(4, 2\)"),
+        ((torch.ones(2, 3), torch.ones(3)), {}, r"weight must be \[N, 3\], got shape \(3,\)"),
+        ((torch.ones(2, 3), torch.ones(4, 3), torch.ones(3)), {}, r"bias must be \[4\], got shape"),
+        ((torch.ones(2, 3).long(), torch.ones(4, 3)), {}, "x must be of floating point, got"),
+        ((torch.ones(2, 3), torch.ones(4, 3), torch.ones(4).int()), {}, "bias must be of floating"),
+        ((torch.ones(2, 3), torch.ones(4, 3)), {"dtype": torch.int8}, "dtype must be of floating"),
+        ((torch.ones(2, 3), torch.ones(4, 3, device="meta")), {}, "weight must be on cpu, got"),
+    ],
+)
+def test_wrong_inputs(op: Backend, inputs: tuple[Tensor, ...], options: dict, line: str) -> None:
+    with pytest.raises(InputError, match=f"^linear: {line}"):
+        op(*inputs, **options)

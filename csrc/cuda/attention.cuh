@@ -115,7 +115,7 @@ __device__ __forceinline__ uint32_t tile_at(int row, int chunk) {
   return static_cast<uint32_t>(row * kChunks + swizzled) * 16;
 }
 
-// `count` rows from `first` on of one head, by cp.async; zeros beyond `end`.
+// `kRows` rows from `first` on of one head, by cp.async; zeros beyond `end`.
 template <int D, int kRows>
 __device__ __forceinline__ void copy_keys(uint32_t to, const uint16_t* from, int stride, int first,
                                           int end) {
@@ -130,13 +130,40 @@ __device__ __forceinline__ void copy_keys(uint32_t to, const uint16_t* from, int
   }
 }
 
+// A block of keys, or of values, from a slot of the sequence on, whichever part each is in.
+template <int D, int kParts>
+__device__ __forceinline__ void copy_block(uint32_t to, const Attention& a, bool values,
+                                           int64_t sequence, int kv_head, int slot,
+                                           const KeyCount& keys) {
+  const Heads& x = values ? a.part[0].v : a.part[0].k;
+  const uint16_t* from = head_of(x, sequence / a.group, kv_head);
+  if constexpr (kParts == 1) {
+    copy_keys<D, kKeyBlock>(to, from, x.token, slot, keys.all);
+  } else {
+    const Heads& y = values ? a.part[1].v : a.part[1].k;
+    const uint16_t* second = head_of(y, sequence, kv_head);
+    constexpr int kChunks = D / 8;
+#pragma unroll 2
+    for (int e = 0; e < kKeyBlock * kChunks; e += kAttentionThreads) {
+      const int row = (e + static_cast<int>(threadIdx.x)) / kChunks;
+      const int chunk = (e + static_cast<int>(threadIdx.x)) % kChunks;
+      const int i = slot + row, past = i - keys.first;
+      const uint16_t* at = past < 0 ? from + static_cast<int64_t>(i) * x.token
+                                    : second + static_cast<int64_t>(past) * y.token;
+      const bool there = i < keys.all;
+      ptx::cp_async_16(to + tile_at<D>(row, chunk), there ? at + 8 * chunk : from,
+                       there ? 16u : 0u);
+    }
+  }
+}
+
 // Rows of queries, or of what has their shape; zeros where there are none.
 template <int D, int kRows>
 __device__ __forceinline__ void copy_queries(uint32_t to, const Attention& a, const Heads& x,
                                              int64_t sequence, int kv_head, int first, int rows) {
   constexpr int kChunks = D / 8;
   const uint16_t* data = static_cast<const uint16_t*>(x.data);
-#pragma unroll
+#pragma unroll 2
   for (int e = 0; e < kRows * kChunks; e += kAttentionThreads) {
     const int row = (e + static_cast<int>(threadIdx.x)) / kChunks;
     const int chunk = (e + static_cast<int>(threadIdx.x)) % kChunks;

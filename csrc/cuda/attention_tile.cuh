@@ -6,9 +6,14 @@
 //   z' = s |scale| log2 e, m' = max(m, max z'), f = 2^(m - m'), e = bf16(2^(z' - m'))
 //   l  = l f + sum e,  acc = acc f + sum e v
 //
-// Blocks are anchored at slots of their part of the keys, and one that a query sees nothing of
-// changes none of its bits: f is 1 and e is 0. So a query's result does not depend on the others of
-// its tile. Sums of e are a product with ones.
+// Sums of e are a product with ones. Blocks are anchored at slots of the sequence, and one that a
+// query sees nothing of changes none of its bits: f is 1 and e is 0. Sums begin anew with every
+// chunk of 512 slots, and a chunk joins those before it,
+//
+//   m = max(m0, m1),  l = l0 2^(m0 - m) + l1 2^(m1 - m),  acc likewise
+//
+// so that decoding, where a block has a chunk (group_decode_attention.cu), has the same bits. They
+// do not depend on the other queries of a tile, nor on where a prefix ends.
 //
 // Keys that no row of a warp sees may hold anything, NaN as well: their scores are replaced, and
 // their values are read as zeros.
@@ -21,86 +26,59 @@ namespace {
 
 constexpr uint32_t kOnes = 0x3f803f80u;  // two bf16
 
-// Which blocks a tile goes through: of parts first_part .. last_part, those from `begin` to `end`.
-struct BlockRange {
-  int first_part, last_part, begin, end;
-};
+constexpr int kChunkBlocks = 8;
 
-// The same with numbers: blocks count[0] of part 0 from begin[0] on, then those of part 1. It waits
-// in shared memory: registers are full.
+// Blocks `begin` to `end` of a tile, and the keys. It waits in shared memory: registers are full.
 struct Plan {
-  int begin[2], count[2], length[2];
-
-  // Where the i-th block begins in its part.
-  __device__ __forceinline__ int first(int i) const {
-    return (i < count[0] ? begin[0] + i : begin[1] + i - count[0]) * kKeyBlock;
-  }
+  int begin, end;
+  KeyCount keys;
 };
 
-__device__ __forceinline__ Plan plan_of(const Attention& a, int64_t sequence, const Span& tile,
-                                        const BlockRange& range) {
-  const KeyCount keys = keys_of(a, sequence);
-  Plan plan{{0, 0}, {0, 0}, {keys.first, keys.all - keys.first}};
-#pragma unroll
-  for (int p = 0; p < 2; ++p) {
-    if (p < range.first_part || p > range.last_part) continue;
-    const int before = p == 0 ? 0 : keys.first;
-    const int low = max(static_cast<int>(tile.low) - before, 0) / kKeyBlock;
-    const int high = min(static_cast<int>(tile.high) - before, plan.length[p]);
-    plan.begin[p] = max(low, range.begin);
-    const int end = min((high + kKeyBlock - 1) / kKeyBlock, range.end);
-    plan.count[p] = max(end - plan.begin[p], 0);
-  }
-  return plan;
+// Of the blocks from `begin` to `end`, those that rows with this span see.
+__device__ __forceinline__ Plan plan_of(const Attention& a, int64_t sequence, const Span& rows,
+                                        int begin, int end) {
+  const int low = static_cast<int>(rows.low) / kKeyBlock;  // beyond all if they see nothing
+  const int high = (static_cast<int>(rows.high) + kKeyBlock - 1) / kKeyBlock;
+  return {max(low, begin), min(high, end), keys_of(a, sequence)};
 }
 
-template <int D, int kM>
+// kParts: of the keys. kKeeps: there may be more than a chunk.
+template <int D, int kM, int kParts, bool kKeeps>
 class AttentionTile {
  public:
   static constexpr int kRows = 64 * kM, kWarps = kAttentionThreads / 32;
   static constexpr uint32_t kTile = kKeyBlock * D * 2;  // bytes; a stage has K and V
+  static constexpr size_t kKept = kKeeps ? kAttentionThreads * kM * (2 * D + 4) : 0;
   static constexpr size_t kShared = 4 * kTile + kRows * sizeof(Sight) + kWarps * sizeof(Span) +
-                                    sizeof(Plan);
+                                    sizeof(Plan) + kKept;
   static_assert(kM <= 2);  // queries come in through the second stage
 
-  // Rows first_row .. of `rows`, which belong to sequences from `sequence` on.
+  // Rows first_row .. of `rows`, which belong to sequences from `sequence` on; blocks begin .. end.
   __device__ __forceinline__ void run(const Attention& a, int64_t sequence, int kv_head,
-                                      int first_row, int rows, const BlockRange& range,
+                                      int first_row, int rows, int begin, int end,
                                       unsigned char* shared) {
     base_ = ptx::shared_address(shared);
     sights_ = reinterpret_cast<Sight*>(shared + 4 * kTile);
     scale_ = log2_scale(a);
     const Span tile = look(a, sequence, kv_head, first_row, rows);
-#pragma unroll
-    for (int j = 0; j < kM; ++j) {
-      top_[j][0] = top_[j][1] = -INFINITY;
-      total_[j][0] = total_[j][1] = 0.0f;
-#pragma unroll
-      for (int n = 0; n < D / 8; ++n) {
-        sums_[j][n][0] = sums_[j][n][1] = sums_[j][n][2] = sums_[j][n][3] = 0.0f;
-      }
-    }
-    if (threadIdx.x == 0) *plan() = plan_of(a, sequence, tile, range);
+    clear();
+    if (threadIdx.x == 0) *plan() = plan_of(a, sequence, tile, begin, end);
     __syncthreads();
-    const int blocks = plan()->count[0] + plan()->count[1];
-    if (blocks == 0) return;
+    int block = plan()->begin;
+    if (block >= plan()->end) return;
     const auto copy = [&](int i) {
-      const Plan& plan = *this->plan();
-      const int p = i < plan.count[0] ? 0 : 1, first = plan.first(i);
-      const KeyPart& part = a.part[p];
-      const int64_t batch = p == 0 ? sequence / a.group : sequence;
       const uint32_t to = base_ + i % 2 * 2 * kTile;
-      copy_keys<D, kKeyBlock>(to, head_of(part.k, batch, kv_head), part.k.token, first,
-                              plan.length[p]);
-      copy_keys<D, kKeyBlock>(to + kTile, head_of(part.v, batch, kv_head), part.v.token, first,
-                              plan.length[p]);
+      copy_block<D, kParts>(to, a, false, sequence, kv_head, i * kKeyBlock, plan()->keys);
+      copy_block<D, kParts>(to + kTile, a, true, sequence, kv_head, i * kKeyBlock, plan()->keys);
     };
-    copy_queries<D, kRows>(base_ + 2 * kTile, a, a.q, sequence, kv_head, first_row, rows);
-    copy(0);
+    const uint32_t queries = base_ + (block + 1) % 2 * 2 * kTile;
+    copy_queries<D, kRows>(queries, a, a.q, sequence, kv_head, first_row, rows);
+    copy(block);
     ptx::cp_async_commit();
-    load_queries(a.scale < 0.0);
+    load_queries(queries, a.scale < 0.0);
+    bool kept = false;
 #pragma unroll 1
-    for (int i = 0; i < blocks; ++i) {
+    for (; block < plan()->end; ++block) {
 #if defined(RLIR_FAULT_COPY_WAIT)
       ptx::cp_async_wait<1>();
 #else
@@ -109,20 +87,24 @@ class AttentionTile {
 #if !defined(RLIR_FAULT_COPY_BARRIER)
       __syncthreads();  // the copies of all threads are there, and all have left the stage before
 #endif
-      if (i + 1 < blocks) copy(i + 1);
+      if (block + 1 < plan()->end) copy(block + 1);
       ptx::cp_async_commit();
-      const bool second = i >= plan()->count[0];
-      const int before = second ? plan()->length[0] : 0;
-      const int slot = before + plan()->first(i), end = before + plan()->length[second];
-      const uint32_t k = base_ + i % 2 * 2 * kTile;
+      if (kKeeps && block % kChunkBlocks == 0 && block > plan()->begin) {
+        if (kept) join();
+        keep();
+        kept = true;
+      }
+      const int slot = block * kKeyBlock;
+      const uint32_t k = base_ + block % 2 * 2 * kTile;
       const Span span = spans()[threadIdx.x / 32];
       if (!span.touches(slot)) continue;
-      if (span.covers(slot) && slot + kKeyBlock <= end) {
-        step<false>(a.mask, k, k + kTile, slot, end);
+      if (span.covers(slot)) {
+        step<false>(a.mask, k, k + kTile, slot);
       } else {
-        step<true>(a.mask, k, k + kTile, slot, end);
+        step<true>(a.mask, k, k + kTile, slot);
       }
     }
+    if (kept) join();
     ptx::cp_async_wait<0>();
   }
 
@@ -201,6 +183,75 @@ class AttentionTile {
   __device__ __forceinline__ Plan* plan() const {
     return reinterpret_cast<Plan*>(spans() + kWarps);
   }
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int j = 0; j < kM; ++j) {
+      top_[j][0] = top_[j][1] = -INFINITY;
+      total_[j][0] = total_[j][1] = 0.0f;
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n) {
+        sums_[j][n][0] = sums_[j][n][1] = sums_[j][n][2] = sums_[j][n][3] = 0.0f;
+      }
+    }
+  }
+
+  // A thread's own memory for the sums of the chunks so far: sums_[j][n], then top_ and total_ of
+  // two rows, one to each of the four threads that have them.
+  __device__ __forceinline__ float4* kept_sums(int j, int n) const {
+    return reinterpret_cast<float4*>(plan() + 1) + (j * (D / 8) + n) * kAttentionThreads +
+           threadIdx.x;
+  }
+  __device__ __forceinline__ float* kept_scale(int j) const {
+    return reinterpret_cast<float*>(kept_sums(kM, 0) - threadIdx.x) + j * kAttentionThreads +
+           threadIdx.x;
+  }
+
+  __device__ __forceinline__ void keep() {
+    const int which = threadIdx.x % 4;
+#pragma unroll
+    for (int j = 0; j < kM; ++j) {
+      *kept_scale(j) = which < 2 ? (which == 0 ? top_[j][0] : top_[j][1])
+                                 : (which == 2 ? total_[j][0] : total_[j][1]);
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n) {
+        const float (&s)[4] = sums_[j][n];
+        *kept_sums(j, n) = make_float4(s[0], s[1], s[2], s[3]);
+      }
+    }
+    clear();
+  }
+
+  // The sums so far and those of a chunk, as csrc/cuda/group_decode_attention.cu joins them.
+  __device__ __forceinline__ void join() {
+    const int first = threadIdx.x % 32 / 4 * 4;
+#pragma unroll
+    for (int j = 0; j < kM; ++j) {
+      const float scale = *kept_scale(j);
+      float before[2], now[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float top = __shfl_sync(kAllLanes, scale, first + half);
+        const float total = __shfl_sync(kAllLanes, scale, first + 2 + half);
+        const float most = max(top, top_[j][half]);
+        const float reference = most == -INFINITY ? 0.0f : most * scale_;
+        before[half] = ptx::ex2(top * scale_ - reference);
+        now[half] = ptx::ex2(top_[j][half] * scale_ - reference);
+        top_[j][half] = most;
+        total_[j][half] = __fmaf_rn(total, before[half], total_[j][half] * now[half]);
+      }
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n) {
+        const float4 kept = *kept_sums(j, n);
+        float (&s)[4] = sums_[j][n];
+        s[0] = __fmaf_rn(kept.x, before[0], s[0] * now[0]);
+        s[1] = __fmaf_rn(kept.y, before[0], s[1] * now[0]);
+        s[2] = __fmaf_rn(kept.z, before[1], s[2] * now[1]);
+        s[3] = __fmaf_rn(kept.w, before[1], s[3] * now[1]);
+      }
+    }
+  }
+
   __device__ __forceinline__ bool sees_nothing(int in_tile) const {
     return sights_[in_tile].low == kNever;
   }
@@ -237,14 +288,14 @@ class AttentionTile {
   }
 
   // Of a negative scale the queries take the sign, so that the largest score is the largest z.
-  __device__ __forceinline__ void load_queries(bool negative) {
+  __device__ __forceinline__ void load_queries(uint32_t queries, bool negative) {
     ptx::cp_async_wait<0>();
     __syncthreads();
 #pragma unroll
     for (int j = 0; j < kM; ++j) {
 #pragma unroll
       for (int k = 0; k < D / 16; ++k) {
-        load_left<D>(q_[j][k], base_ + 2 * kTile, warp_row() + 16 * j, 2 * k);
+        load_left<D>(q_[j][k], queries, warp_row() + 16 * j, 2 * k);
         if (!negative) continue;
 #pragma unroll
         for (int e = 0; e < 4; ++e) q_[j][k][e] ^= 0x80008000u;
@@ -254,7 +305,7 @@ class AttentionTile {
 
   template <bool kMasked>
   __device__ __forceinline__ void step(const AttentionMask& mask, uint32_t k, uint32_t v,
-                                       int slot, int end) {
+                                       int slot) {
     float s[kM][8][4];
 #pragma unroll
     for (int j = 0; j < kM; ++j) {
@@ -275,7 +326,7 @@ class AttentionTile {
       }
     }
     uint32_t seen = kAllLanes;  // of keys 8 n + 2 (lane % 4) + e, bit 2 n + e: by a row of the warp
-    if constexpr (kMasked) seen = hide(mask, slot, end, s);
+    if constexpr (kMasked) seen = hide(mask, slot, s);
     uint32_t p[kM][4][4];
 #pragma unroll
     for (int j = 0; j < kM; ++j) {
@@ -311,8 +362,8 @@ class AttentionTile {
     }
   }
 
-  // Scores that a row does not see, and those beyond the part of the keys, become -infinity.
-  __device__ __forceinline__ uint32_t hide(const AttentionMask& mask, int slot, int end,
+  // Scores that a row does not see become -infinity.
+  __device__ __forceinline__ uint32_t hide(const AttentionMask& mask, int slot,
                                            float (&s)[kM][8][4]) const {
     const int lane = threadIdx.x % 32;
     const int tau[2] = {key_tau(mask, slot + lane), key_tau(mask, slot + 32 + lane)};
@@ -320,9 +371,7 @@ class AttentionTile {
 #pragma unroll
     for (int j = 0; j < kM; ++j) {
       const Sight* sights = sights_ + warp_row() + 16 * j + lane / 4;
-      Sight upper = sights[0], lower = sights[8];
-      upper.high = min(upper.high, end);
-      lower.high = min(lower.high, end);
+      const Sight upper = sights[0], lower = sights[8];
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
 #pragma unroll

@@ -10,13 +10,13 @@ namespace rlir::cuda {
 struct GroupDecode {
   Attention in;  // bfloat16, two parts
   void* out;     // [N][T][H][D], contiguous
-  // Scratch: of each split, what a query has of it.
-  float* sums;    // [splits][N][T][H][D]
-  float* scales;  // [splits][N][T][H][2]: m in base 2, l
+  // Scratch: of each chunk, what a query has of it.
+  float* sums;    // [chunks][N][T][H][D]
+  float* scales;  // [chunks][N][T][H][2]: m in base 2, l
 };
 
-// How many splits the slots of both parts make.
-int64_t group_decode_splits(const Attention& in);
+// How many chunks the slots of both parts make.
+int64_t group_decode_chunks(const Attention& in);
 
 // Returns an error code of launch(). At least one query.
 int group_decode_attention(const GroupDecode& args, void* stream);

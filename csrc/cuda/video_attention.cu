@@ -13,10 +13,10 @@ template <int D, int kM>
 constexpr int kBlocks = D == 128 || kM == 2 ? 2 : D == 64 ? 3 : 4;
 
 // Tiles of a sequence and head are neighbours in the grid, the last ones, which see most, first.
-template <int D, int kM>
+template <int D, int kM, int kParts>
 __global__ void __launch_bounds__(kAttentionThreads, kBlocks<D, kM>)
     attend_kernel(const RLIR_GRID_CONSTANT AttentionForward f, int tiles) {
-  using Tile = AttentionTile<D, kM>;
+  using Tile = AttentionTile<D, kM, kParts, true>;
   RLIR_SHARED_DYNAMIC(unsigned char, shared);
   const Attention& a = f.in;
   const int64_t block = blockIdx.x / tiles, sequence = block / a.kv_heads;
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kBlocks<D, kM>)
   const int rows = static_cast<int>(a.tokens * (a.heads / a.kv_heads));
   const int first = (tiles - 1 - static_cast<int>(blockIdx.x % tiles)) * Tile::kRows;
   Tile tile;
-  tile.run(a, sequence, kv_head, first, rows, {0, a.parts - 1, 0, kNever}, shared);
+  tile.run(a, sequence, kv_head, first, rows, 0, kNever, shared);
   tile.finish(a, sequence, kv_head, first, rows, f.out, f.lse);
 }
 
@@ -41,10 +41,11 @@ __global__ void __launch_bounds__(kSimtThreads)
 
 template <int D, int kM>
 int attend(const AttentionForward& f, int64_t rows, void* stream) {
-  using Tile = AttentionTile<D, kM>;
+  using Tile = AttentionTile<D, kM, 1, true>;
   const int64_t tiles = ceil_div<int64_t>(rows, Tile::kRows);
   const dim3 grid(static_cast<unsigned>(tiles * f.in.sequences * f.in.kv_heads));
-  return launch(attend_kernel<D, kM>, grid, dim3(kAttentionThreads), Tile::kShared, stream, f,
+  const auto kernel = f.in.parts == 1 ? attend_kernel<D, kM, 1> : attend_kernel<D, kM, 2>;
+  return launch(kernel, grid, dim3(kAttentionThreads), Tile::kShared, stream, f,
                 static_cast<int>(tiles));
 }
 

@@ -90,14 +90,14 @@ __global__ void __launch_bounds__(kAttentionThreads)
   static_cast<Span*>(to.spans)[batch * tiles + tile] = span;
 }
 
-template <int D>
+template <int D, int kParts>
 __global__ void __launch_bounds__(kAttentionThreads, 2)
     queries_kernel(const RLIR_GRID_CONSTANT AttentionBackward g, int tiles) {
   RLIR_SHARED_DYNAMIC(unsigned char, shared);
   const Attention& a = g.in;
   const int64_t block = blockIdx.x / tiles;
   const int tile = tiles - 1 - static_cast<int>(blockIdx.x % tiles);  // which see most, first
-  QueryGradient<D>().run(g, block / a.kv_heads, static_cast<int>(block % a.kv_heads), tile, tiles,
+  QueryGradient<D, kParts>().run(g, block / a.kv_heads, static_cast<int>(block % a.kv_heads), tile, tiles,
                          shared);
 }
 
@@ -157,8 +157,9 @@ int run_queries(const AttentionBackward& g, void* stream) {
   const int64_t tiles = ceil_div<int64_t>(rows, cores ? kRowTile : kSimtTile);
   const dim3 grid(static_cast<unsigned>(tiles * a.kv_heads * a.sequences));
   if (cores) {
-    return launch(queries_kernel<D>, grid, dim3(kAttentionThreads), QueryGradient<D>::kShared,
-                  stream, g, static_cast<int>(tiles));
+    const auto kernel = a.parts == 1 ? queries_kernel<D, 1> : queries_kernel<D, 2>;
+    return launch(kernel, grid, dim3(kAttentionThreads), QueryGradient<D, 1>::kShared, stream, g,
+                  static_cast<int>(tiles));
   }
   return launch(simt_queries_kernel<D>, grid, dim3(kSimtThreads), SimtGradient<D>::kShared, stream,
                 g, static_cast<int>(tiles));

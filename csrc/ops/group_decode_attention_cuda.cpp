@@ -45,9 +45,9 @@ Tensor group_decode_attention_cuda(const Tensor& q, const Tensor& prefix_k, cons
     call.check(cuda::video_attention({g.in, g.out, nullptr}, call.stream()));
     return out;
   }
-  const int64_t rows = cuda::group_decode_splits(g.in) * (out.numel() / g.in.depth);
-  g.sums = in.scratch(q, "sums of splits", rows * g.in.depth);
-  g.scales = in.scratch(q, "scales of splits", rows * 2);
+  const int64_t rows = cuda::group_decode_chunks(g.in) * (out.numel() / g.in.depth);
+  g.sums = in.scratch(q, "sums of chunks", rows * g.in.depth);
+  g.scales = in.scratch(q, "scales of chunks", rows * 2);
   call.check(cuda::group_decode_attention(g, call.stream()));
   return out;
 }

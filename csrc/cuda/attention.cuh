@@ -30,10 +30,26 @@ struct __align__(16) Sight {
   int low, high, own, tau;
 };
 
+// A length of those given, which may be wrong; `most` if there are none.
+__device__ __forceinline__ int64_t length_at(const int64_t* lengths, int64_t stride, int64_t i,
+                                             int64_t most) {
+  return lengths == nullptr ? most : min(max(lengths[i * stride], int64_t{0}), most);
+}
+__device__ __forceinline__ bool is_length(const int64_t* lengths, int64_t stride, int64_t i,
+                                          int64_t most) {
+  return lengths == nullptr || (lengths[i * stride] >= 0 && lengths[i * stride] <= most);
+}
+
 __device__ __forceinline__ int64_t part_length(const KeyPart& part, int64_t batch) {
-  if (part.lengths == nullptr) return part.slots;
-  const int64_t given = part.lengths[batch * part.length_stride];
-  return min(max(given, int64_t{0}), part.slots);
+  return length_at(part.lengths, part.length_stride, batch, part.slots);
+}
+__device__ __forceinline__ void check_lengths(const Attention& a, int64_t sequence) {
+  const KeyPart &first = a.part[0], &second = a.part[1];
+  const bool right =
+      is_length(a.q_lengths, a.q_length_stride, sequence, a.tokens) &&
+      is_length(first.lengths, first.length_stride, sequence / a.group, first.slots) &&
+      (a.parts == 1 || is_length(second.lengths, second.length_stride, sequence, second.slots));
+  RLIR_DEVICE_ASSERT(right, "attention: lengths must be from 0 to those of the tensors");
 }
 
 // Keys in front of part 1, and all keys, of a sequence.
@@ -48,10 +64,7 @@ __device__ __forceinline__ KeyCount keys_of(const Attention& a, int64_t sequence
 
 __device__ __forceinline__ Sight sight_of(const Attention& a, int64_t sequence, int64_t token) {
   const int64_t keys = keys_of(a, sequence).all;
-  int64_t queries = a.tokens;
-  if (a.q_lengths != nullptr) {
-    queries = min(max(a.q_lengths[sequence * a.q_length_stride], int64_t{0}), a.tokens);
-  }
+  const int64_t queries = length_at(a.q_lengths, a.q_length_stride, sequence, a.tokens);
   Sight s{kNever, 0, 0, 0};
   if (token >= queries) return s;
   int64_t position = keys - queries + token;

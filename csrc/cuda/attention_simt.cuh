@@ -37,6 +37,7 @@ class SimtTile {
       sight[r] = {kNever, 0, 0, 0};
       if (row < rows) {
         const Query query = query_of(a, sequence, kv_head, row);
+        check_lengths(a, query.sequence);
         sight[r] = sight_of(a, query.sequence, query.token);
         const float* from = static_cast<const float*>(a.q.data) + offset(a.q, query);
         // Of a negative scale the queries take the sign: the largest score is the largest z.

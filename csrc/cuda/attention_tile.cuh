@@ -269,6 +269,7 @@ class AttentionTile {
       Sight sight{kNever, 0, 0, 0};
       if (first_row + in_tile < rows) {
         const Query q = query_of(a, sequence, kv_head, first_row + in_tile);
+        check_lengths(a, q.sequence);
         sight = sight_of(a, q.sequence, q.token);
       }
       sights_[in_tile] = sight;

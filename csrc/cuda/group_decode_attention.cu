@@ -46,7 +46,11 @@ __global__ void __launch_bounds__(kAttentionThreads, D == 128 ? 2 : 3)
   const int kv_head = static_cast<int>(block % a.kv_heads);
   const int64_t sequence = block / a.kv_heads * work.members;
   const KeyCount keys = keys_of(a, sequence);
+#if defined(RLIR_FAULT_CHUNK)
+  if (own) chunk += max(keys.first / kChunk - 1, 0);
+#else
   if (own) chunk += keys.first / kChunk;
+#endif
   if (own ? chunk * kChunk >= keys.all : (chunk + 1) * kChunk > keys.first) return;
   const int rows = static_cast<int>(work.members * a.tokens * (a.heads / a.kv_heads));
   Tile tile;

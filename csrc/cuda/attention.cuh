@@ -20,9 +20,9 @@ constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr int kNever = INT32_MAX;
 constexpr float kLn2 = 0x1.62e430p-1f;
 
-// Of scores, in base 2; its sign is the queries'. Never 0: it is multiplied by -infinity.
+// Of scores, in base 2. Never 0: it is multiplied by -infinity.
 __device__ __forceinline__ float log2_scale(const Attention& a) {
-  return max(fabsf(static_cast<float>(a.scale * 0x1.71547652b82fep+0)), 0x1p-100f);
+  return max(static_cast<float>(a.scale * 0x1.71547652b82fep+0), 0x1p-100f);
 }
 
 // Reach in 32 bits: slots of keys fit. Of a query that sees nothing low is kNever.
@@ -138,7 +138,8 @@ __device__ __forceinline__ void copy_keys(uint32_t to, const uint16_t* from, int
     const int row = (e + static_cast<int>(threadIdx.x)) / kChunks;
     const int chunk = (e + static_cast<int>(threadIdx.x)) % kChunks;
     const bool there = first + row < end;
-    const uint16_t* at = there ? from + static_cast<int64_t>(first + row) * stride + 8 * chunk : from;
+    const uint16_t* at =
+        there ? from + static_cast<int64_t>(first + row) * stride + 8 * chunk : from;
     ptx::cp_async_16(to + tile_at<D>(row, chunk), at, there ? 16u : 0u);
   }
 }

@@ -1,5 +1,5 @@
-// Gradients on tensor cores: a tile of 64 rows of queries that goes through the keys, and a block of
-// 64 keys that goes through the rows. Formulas: video_attention_backward.cu.
+// Gradients on tensor cores: a tile of 64 rows of queries that goes through the keys, and a block
+// of 64 keys that goes through the rows. Formulas: video_attention_backward.cu.
 #pragma once
 
 #include "cuda/attention.cuh"
@@ -12,11 +12,6 @@ namespace {
 __device__ __forceinline__ Span joined(const Span& x, const Span& y) {
   return {min(x.low, y.low), max(x.high, y.high), max(x.whole_low, y.whole_low),
           min(x.whole_high, y.whole_high)};
-}
-
-// Of the scores, with its sign.
-__device__ __forceinline__ float signed_scale(const Attention& a) {
-  return static_cast<float>(a.scale * 0x1.71547652b82fep+0);
 }
 
 // 16 rows of a warp, in bfloat16, by way of its rows of a tile in shared memory: row r to
@@ -96,7 +91,7 @@ class QueryGradient {
         load_left<D>(q[d], rows_at, warp_row, 2 * d);
         load_left<D>(grad[d], rows_at + kTile, warp_row, 2 * d);
       }
-      const float scale = signed_scale(a);
+      const float scale = log2_scale(a);
 #pragma unroll 1
       for (; block < plan.end; ++block) {
         ptx::cp_async_wait<0>();
@@ -270,7 +265,8 @@ class KeyGradient {
     // A warp's keys are its own: nobody else reads their rows. Beyond the length are zeros.
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const bool there = key + warp_row + 8 * half + static_cast<int>(threadIdx.x % 32 / 4) < length;
+      const bool there =
+          key + warp_row + 8 * half + static_cast<int>(threadIdx.x % 32 / 4) < length;
 #pragma unroll
       for (int n = 0; n < D / 8; ++n) {
         if (there) continue;
@@ -323,7 +319,7 @@ class KeyGradient {
     const float* lse = reinterpret_cast<const float*>(stage + 2 * kQueries);
     const float* delta = lse + kRows;
     const Sight* sights = reinterpret_cast<const Sight*>(delta + kRows);
-    const float scale = signed_scale(a);
+    const float scale = log2_scale(a);
     float s[2 * kPairs][4] = {};
     multiply(s, keys, rows);
     uint32_t seen = kMasked ? 0 : kAllLanes, hidden[2] = {0, 0};

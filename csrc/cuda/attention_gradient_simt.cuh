@@ -16,9 +16,9 @@ template <int D>
 class SimtGradient {
  public:
   static constexpr int kStride = D + 1, kScoreStride = kSimtTile + 1;  // floats
-  static constexpr size_t kShared = (4 * kSimtTile * kStride + 2 * kSimtTile * kScoreStride +
-                                     2 * kSimtTile) * sizeof(float) +
-                                    kSimtTile * sizeof(Sight);
+  static constexpr size_t kShared =
+      (4 * kSimtTile * kStride + 2 * kSimtTile * kScoreStride + 2 * kSimtTile) * sizeof(float) +
+      kSimtTile * sizeof(Sight);
 
   // Rows tile * 32 .. of one sequence, through its keys.
   __device__ __forceinline__ void queries(const AttentionBackward& g, int64_t sequence, int kv_head,
@@ -104,8 +104,7 @@ class SimtGradient {
     for (int i = 0; i < kSums; ++i) {
       const int row = key + first() + i;
       if (row >= a.part[part].slots) continue;
-      const int64_t at =
-          ((batch * a.part[part].slots + row) * a.kv_heads + kv_head) * D + column();
+      const int64_t at = ((batch * a.part[part].slots + row) * a.kv_heads + kv_head) * D + column();
       static_cast<float*>(g.dk[part])[at] = dk[i] * static_cast<float>(a.scale);
       static_cast<float*>(g.dv[part])[at] = dv[i];
     }
@@ -199,7 +198,7 @@ class SimtGradient {
         }
       }
     }
-    const float scale = signed_scale(a);
+    const float scale = log2_scale(a);
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       const int key = slot + x + 16 * c, tau = key_tau(a.mask, key);

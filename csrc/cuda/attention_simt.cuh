@@ -1,6 +1,6 @@
 // A tile of queries against keys in float32, in the order of sums of cpu/video_attention.h: blocks
-// of 128 slots of the whole sequence, whichever part a key is in. 256 threads; a warp has four rows,
-// a lane four neighbouring keys of the scores and every 32nd column of the output.
+// of 128 slots of the whole sequence, whichever part a key is in. 256 threads; a warp has four
+// rows, a lane four neighbouring keys of the scores and every 32nd column of the output.
 #pragma once
 
 #include "core/exp.h"
@@ -40,10 +40,7 @@ class SimtTile {
         check_lengths(a, query.sequence);
         sight[r] = sight_of(a, query.sequence, query.token);
         const float* from = static_cast<const float*>(a.q.data) + offset(a.q, query);
-        // Of a negative scale the queries take the sign: the largest score is the largest z.
-        for (int d = lane; d < D; d += 32) {
-          q[(4 * warp + r) * D + d] = a.scale < 0.0 ? -from[d] : from[d];
-        }
+        for (int d = lane; d < D; d += 32) q[(4 * warp + r) * D + d] = from[d];
       } else {
         for (int d = lane; d < D; d += 32) q[(4 * warp + r) * D + d] = 0.0f;
       }

@@ -3,7 +3,7 @@
 // probabilities and the output's sums stay in registers (mma.sync m16n8k16, whose sums are laid out
 // as its left operand).
 //
-//   z' = s |scale| log2 e, m' = max(m, max z'), f = 2^(m - m'), e = bf16(2^(z' - m'))
+//   z' = s scale log2 e, m' = max(m, max z'), f = 2^(m - m'), e = bf16(2^(z' - m'))
 //   l  = l f + sum e,  acc = acc f + sum e v
 //
 // Sums of e are a product with ones. Blocks are anchored at slots of the sequence, and one that a
@@ -49,8 +49,8 @@ class AttentionTile {
   static constexpr int kRows = 64 * kM, kWarps = kAttentionThreads / 32;
   static constexpr uint32_t kTile = kKeyBlock * D * 2;  // bytes; a stage has K and V
   static constexpr size_t kKept = kKeeps ? kAttentionThreads * kM * (2 * D + 4) : 0;
-  static constexpr size_t kShared = 4 * kTile + kRows * sizeof(Sight) + kWarps * sizeof(Span) +
-                                    sizeof(Plan) + kKept;
+  static constexpr size_t kShared =
+      4 * kTile + kRows * sizeof(Sight) + kWarps * sizeof(Span) + sizeof(Plan) + kKept;
   static_assert(kM <= 2);  // queries come in through the second stage
 
   // Rows first_row .. of `rows`, which belong to sequences from `sequence` on; blocks begin .. end.
@@ -75,7 +75,7 @@ class AttentionTile {
     copy_queries<D, kRows>(queries, a, a.q, sequence, kv_head, first_row, rows);
     copy(block);
     ptx::cp_async_commit();
-    load_queries(queries, a.scale < 0.0);
+    load_queries(queries);
     bool kept = false;
 #pragma unroll 1
     for (; block < plan()->end; ++block) {
@@ -123,8 +123,7 @@ class AttentionTile {
 #pragma unroll
         for (int n = 0; n < D / 8; ++n) {
           const float* s = &sums_[j][n][2 * half];
-          const uint32_t word =
-              total != 0.0f ? ptx::pack_bf16(s[0] * inverse, s[1] * inverse) : 0u;
+          const uint32_t word = total != 0.0f ? ptx::pack_bf16(s[0] * inverse, s[1] * inverse) : 0u;
           put_word(in_tile, n, word);
         }
         if (lse != nullptr && lane % 4 == 0 && row < rows) {
@@ -150,7 +149,8 @@ class AttentionTile {
 
   // Writes the sums as they are, and m and l: [N][T][H][D] floats, [N][T][H] pairs.
   __device__ __forceinline__ void leave(const Attention& a, int64_t sequence, int kv_head,
-                                        int first_row, int rows, float* sums, float2* scales) const {
+                                        int first_row, int rows, float* sums,
+                                        float2* scales) const {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int j = 0; j < kM; ++j) {
@@ -288,8 +288,7 @@ class AttentionTile {
     return tile;
   }
 
-  // Of a negative scale the queries take the sign, so that the largest score is the largest z.
-  __device__ __forceinline__ void load_queries(uint32_t queries, bool negative) {
+  __device__ __forceinline__ void load_queries(uint32_t queries) {
     ptx::cp_async_wait<0>();
     __syncthreads();
 #pragma unroll
@@ -297,9 +296,6 @@ class AttentionTile {
 #pragma unroll
       for (int k = 0; k < D / 16; ++k) {
         load_left<D>(q_[j][k], queries, warp_row() + 16 * j, 2 * k);
-        if (!negative) continue;
-#pragma unroll
-        for (int e = 0; e < 4; ++e) q_[j][k][e] ^= 0x80008000u;
       }
     }
   }

@@ -16,8 +16,8 @@ struct GroupBackward {
   AttentionBackward prefix, suffix;
 };
 
-// Return an error code of launch(). Gradients of what has none are not written, but for those of the
-// prefix's keys: the sum over all queries that see them.
+// Return an error code of launch(). Gradients of what has none are not written, but for those of
+// the prefix's keys: the sum over all queries that see them.
 int group_attention(const GroupForward& args, void* stream);
 int group_attention_backward(const GroupBackward& args, void* stream);
 

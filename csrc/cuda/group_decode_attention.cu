@@ -1,8 +1,9 @@
 // Why it looks like this: decoding reads keys and hardly computes, so a group's prefix must be read
-// once, for all its rollouts, and by many blocks. The rows of a tile are the queries of all rollouts
-// of the group; keys are cut into chunks of 512 slots of the sequence, a block each, which leave
-// their sums, and a second kernel joins a query's chunks in order. Chunks that are in the prefix as
-// a whole are computed for the group; the others, with the prefix's last slots, for each rollout.
+// once, for all its rollouts, and by many blocks. The rows of a tile are the queries of all
+// rollouts of the group; keys are cut into chunks of 512 slots of the sequence, a block each, which
+// leave their sums, and a second kernel joins a query's chunks in order. Chunks that are in the
+// prefix as a whole are computed for the group; the others, with the prefix's last slots, for each
+// rollout.
 //
 // Video_attention cuts and joins in the same way (attention_tile.cuh): decoding has the bits of the
 // training forward, whatever the group, and however many tokens of a rollout come together.

@@ -1,6 +1,6 @@
-// Decoding attention of rollouts that share a prompt, on a GPU. Formula: cpu/video_attention.h, over
-// the group's prefix (part 0 of the keys) and the rollout's suffix (part 1). Raw pointers and a
-// stream; nothing here waits for the device.
+// Decoding attention of rollouts that share a prompt, on a GPU. Formula: cpu/video_attention.h,
+// over the group's prefix (part 0 of the keys) and the rollout's suffix (part 1). Raw pointers and
+// a stream; nothing here waits for the device.
 #pragma once
 
 #include "cuda/video_attention.cuh"

@@ -1,5 +1,5 @@
-// Two routes. bfloat16 goes to tensor cores (attention_tile.cuh). float32 is computed as on the CPU,
-// and has its bits: cpu/video_attention.h has the order of every sum.
+// Two routes. bfloat16 goes to tensor cores (attention_tile.cuh). float32 is computed as on the
+// CPU, and has its bits: cpu/video_attention.h has the order of every sum.
 #include "cuda/attention_simt.cuh"
 #include "cuda/attention_tile.cuh"
 
@@ -10,7 +10,9 @@ namespace {
 template <int D>
 constexpr int kTall = D == 128 ? 1 : 2;
 template <int D, int kM>
-constexpr int kBlocks = D == 128 || kM == 2 ? 2 : D == 64 ? 3 : 4;
+constexpr int kBlocks = D == 128 || kM == 2 ? 2
+                        : D == 64           ? 3
+                                            : 4;
 
 // Tiles of a sequence and head are neighbours in the grid, the last ones, which see most, first.
 template <int D, int kM, int kParts>

@@ -10,8 +10,8 @@
 
 namespace rlir::cuda {
 
-// [batch][tokens][heads][D], contiguous along D; strides in elements. On tensor cores the pointer is
-// aligned to 16 bytes, and so are the strides.
+// [batch][tokens][heads][D], contiguous along D; strides in elements. On tensor cores the pointer
+// is aligned to 16 bytes, and so are the strides.
 struct Heads {
   const void* data;
   int64_t batch;
@@ -39,7 +39,7 @@ struct Attention {
   const int64_t* q_lengths;  // null: all tokens
   int64_t q_length_stride;
   AttentionMask mask;
-  double scale;
+  double scale;  // above 0
 };
 
 struct AttentionForward {

@@ -47,8 +47,8 @@ __global__ void __launch_bounds__(kAttentionThreads)
       const T* grad = static_cast<const T*>(g.grad_out.data) + offset(g.grad_out, q);
 #pragma unroll 2
       for (int d = lane; d < a.depth; d += 32) {
-        delta = __fmaf_rn(static_cast<float>(load(grad + d)), static_cast<float>(load(out + d)),
-                          delta);
+        delta =
+            __fmaf_rn(static_cast<float>(load(grad + d)), static_cast<float>(load(out + d)), delta);
       }
 #pragma unroll
       for (int lanes = 16; lanes > 0; lanes /= 2) {
@@ -97,8 +97,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
   const Attention& a = g.in;
   const int64_t block = blockIdx.x / tiles;
   const int tile = tiles - 1 - static_cast<int>(blockIdx.x % tiles);  // which see most, first
-  QueryGradient<D, kParts>().run(g, block / a.kv_heads, static_cast<int>(block % a.kv_heads), tile, tiles,
-                         shared);
+  QueryGradient<D, kParts>().run(g, block / a.kv_heads, static_cast<int>(block % a.kv_heads), tile,
+                                 tiles, shared);
 }
 
 template <int D>
@@ -109,8 +109,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
   RLIR_SHARED_DYNAMIC(unsigned char, shared);
   const int64_t block = blockIdx.x / blocks;
   const int64_t kv_heads = g.in.kv_heads;
-  KeyGradient<D>().run(g, second, calls, part, block / kv_heads,
-                       static_cast<int>(block % kv_heads),
+  KeyGradient<D>().run(g, second, calls, part, block / kv_heads, static_cast<int>(block % kv_heads),
                        static_cast<int>(blockIdx.x % blocks) * kKeyBlock, shared);
 }
 
@@ -143,10 +142,8 @@ int64_t batches_of(const Attention& a, int part) {
 int run_rows(const AttentionBackward& g, int part, void* stream) {
   const int64_t tiles = gradient_tiles(g.in, part);
   const dim3 grid(static_cast<unsigned>(tiles * g.in.kv_heads * batches_of(g.in, part)));
-  const auto kernel =
-      g.in.dtype == Dtype::kBFloat16 ? rows_kernel<BFloat16> : rows_kernel<float>;
-  return launch(kernel, grid, dim3(kAttentionThreads), 0, stream, g, part,
-                static_cast<int>(tiles));
+  const auto kernel = g.in.dtype == Dtype::kBFloat16 ? rows_kernel<BFloat16> : rows_kernel<float>;
+  return launch(kernel, grid, dim3(kAttentionThreads), 0, stream, g, part, static_cast<int>(tiles));
 }
 
 template <int D>
@@ -169,14 +166,13 @@ template <int D>
 int run_keys(const AttentionBackward& g, const AttentionBackward* second, int part, void* stream) {
   const Attention& a = g.in;
   const bool cores = a.dtype == Dtype::kBFloat16;
-  const int64_t blocks =
-      ceil_div<int64_t>(a.part[part].slots, cores ? kKeyBlock : kSimtTile);
+  const int64_t blocks = ceil_div<int64_t>(a.part[part].slots, cores ? kKeyBlock : kSimtTile);
   const dim3 grid(static_cast<unsigned>(blocks * a.kv_heads * batches_of(a, part)));
   const AttentionBackward& other = second != nullptr ? *second : g;
   const int calls = second != nullptr ? 2 : 1;
   if (cores) {
-    return launch(keys_kernel<D>, grid, dim3(kAttentionThreads), KeyGradient<D>::kShared, stream,
-                  g, other, calls, part, static_cast<int>(blocks));
+    return launch(keys_kernel<D>, grid, dim3(kAttentionThreads), KeyGradient<D>::kShared, stream, g,
+                  other, calls, part, static_cast<int>(blocks));
   }
   return launch(simt_keys_kernel<D>, grid, dim3(kSimtThreads), SimtGradient<D>::kShared, stream, g,
                 other, calls, part, static_cast<int>(blocks));

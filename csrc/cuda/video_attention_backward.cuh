@@ -15,8 +15,8 @@ struct GradientRows {
 
 struct AttentionBackward {
   Attention in;
-  Heads grad_out, out;  // [N][T][H][D]
-  const float* lse;     // [N][T][H]
+  Heads grad_out, out;    // [N][T][H][D]
+  const float* lse;       // [N][T][H]
   const float* grad_lse;  // with strides; or null
   int64_t grad_lse_sequence, grad_lse_token, grad_lse_head;
   GradientRows rows[2];  // of each part

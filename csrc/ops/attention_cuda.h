@@ -69,8 +69,7 @@ class CudaAttention {
   }
 
   float* scratch(const torch::stable::Tensor& like, const char* name, int64_t count) {
-    kept_.push_back(
-        torch::stable::new_empty(like, {count}, torch::headeronly::ScalarType::Float));
+    kept_.push_back(torch::stable::new_empty(like, {count}, torch::headeronly::ScalarType::Float));
     return static_cast<float*>(call_.out(kept_.back(), name));
   }
 
@@ -80,8 +79,8 @@ class CudaAttention {
     for (const auto* x : {&k, &v}) {
       RLIR_CHECK(x->dim() == 4 && x->size(0) == sequences && x->size(1) == k.size(1) &&
                      x->size(2) == k.size(2) && x->size(3) == q.size(3),
-                 op_, ": ", name, " k and v must be [", sequences, ", slots, kv_heads, ",
-                 q.size(3), "], got otherwise");
+                 op_, ": ", name, " k and v must be [", sequences, ", slots, kv_heads, ", q.size(3),
+                 "], got otherwise");
       RLIR_CHECK(x->scalar_type() == q.scalar_type() && x->device() == q.device(), op_, ": ", name,
                  " k and v must have q's dtype and device, got otherwise");
     }
@@ -151,7 +150,8 @@ class CudaAttention {
   static bool fits(const torch::stable::Tensor& x) {
     if (x.numel() == 0) return true;
     const int64_t step = x.scalar_type() == torch::headeronly::ScalarType::BFloat16 ? 8 : 1;
-    bool fits = x.stride(3) == 1 && (step == 1 || reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0);
+    bool fits = x.stride(3) == 1 &&
+                (step == 1 || reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0);
     for (int d = 0; d < 3; ++d) {
       if (x.size(d) == 1) continue;
       fits = fits && x.stride(d) % step == 0 && (d == 0 || x.stride(d) <= INT32_MAX);

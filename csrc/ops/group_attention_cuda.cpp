@@ -74,8 +74,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_attention_cuda(
     std::vector<int64_t> mask_numbers, double scale) {
   CudaCall call(kOp, q_prefix);
   CudaAttention in(call, kOp);
-  const GroupTensors t{q_prefix, k_prefix, v_prefix, q_suffix, k_suffix, v_suffix, group_size,
-                       attention_mask(kOp, mask, mask_numbers), scale};
+  const GroupTensors t{q_prefix, k_prefix, v_prefix,   q_suffix,
+                       k_suffix, v_suffix, group_size, attention_mask(kOp, mask, mask_numbers),
+                       scale};
   check(in, t);
   Tensor out[2] = {like(q_prefix), like(q_suffix)}, lse[2];
   for (int i = 0; i < 2; ++i) {
@@ -105,8 +106,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_attention_backw
     int64_t group_size, std::string mask, std::vector<int64_t> mask_numbers, double scale) {
   CudaCall call(kOp, q_prefix);
   CudaAttention in(call, kOp);
-  const GroupTensors t{q_prefix, k_prefix, v_prefix, q_suffix, k_suffix, v_suffix, group_size,
-                       attention_mask(kOp, mask, mask_numbers), scale};
+  const GroupTensors t{q_prefix, k_prefix, v_prefix,   q_suffix,
+                       k_suffix, v_suffix, group_size, attention_mask(kOp, mask, mask_numbers),
+                       scale};
   check(in, t);
   Tensor dq[2] = {like(q_prefix), like(q_suffix)}, dk[2] = {like(k_prefix), like(k_suffix)},
          dv[2] = {like(v_prefix), like(v_suffix)};

@@ -59,7 +59,9 @@ inline cpu::KeySource two_segments(const cpu::KeySource& first, const cpu::KeySo
 
 // Into how many shares the queries of a (row, key head) are cut for the sums of dk and dv: some
 // eight tasks in all, whatever the threads.
-inline int64_t shares_for(int64_t units) { return units >= 8 ? 1 : (7 + units) / units; }
+inline int64_t shares_for(int64_t units) {
+  return units < 1 || units >= 8 ? 1 : (7 + units) / units;
+}
 
 // Calls run(task, scratch) for each task, on all threads, one task after the other as they come
 // free. Which thread takes which changes nothing: tasks write to places of their own.

@@ -60,9 +60,8 @@ def scale_of(op: str, scale: float | None, head_size: int) -> float:
 
 def check_mask(op: str, mask: object) -> None:
     if not isinstance(mask, Mask):
-        raise InputError(
-            f"{op}: mask must be causal(), frame_causal() or diagonal(), got a {type(mask).__name__}"
-        )
+        kind = type(mask).__name__
+        raise InputError(f"{op}: mask must be causal(), frame_causal() or diagonal(), got a {kind}")
 
 
 def check_heads(op: str, tensors: dict[str, Tensor]) -> None:
@@ -110,6 +109,17 @@ def check_lengths(op: str, name: str, lengths: Tensor | None, longest: int) -> N
     if low < 0 or high > longest:
         raise InputError(
             f"{op}: {name} must be from 0 to {longest}, got {low if low < 0 else high}"
+        )
+
+
+def check_positions(op: str, positions: Tensor, there: Tensor) -> None:
+    """Given positions, where queries are ``there``; looks at values, as ``check_lengths`` does."""
+    if torch.compiler.is_compiling():
+        return
+    wrong = positions[there & ((positions < 0) | (positions >= 2**31 - 1))]
+    if len(wrong):
+        raise InputError(
+            f"{op}: q_positions must be from 0 and below 2^31, got {int(wrong.flatten()[0])}"
         )
 
 

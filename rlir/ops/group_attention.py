@@ -49,7 +49,7 @@ def group_attention(
             float16 run the reference.)
         mask: as in ``video_attention``. The prefix does not see its suffixes, whatever it is: under
             ``frame_causal`` it should end with a frame.
-        scale: of the scores; 1 / sqrt(D) if None.
+        scale: of the scores, > 0; 1 / sqrt(D) if None.
 
     Returns:
         out_prefix [B, P, Hq, D] and out_suffix [B G, S, Hq, D], in the queries' dtype. Gradients

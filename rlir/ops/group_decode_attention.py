@@ -14,6 +14,7 @@ from rlir.ops._attention import (
     check_integers,
     check_lengths,
     check_mask,
+    check_positions,
     check_shape,
     runs_reference,
     scale_of,
@@ -54,9 +55,10 @@ def group_decode_attention(
         suffix_k, suffix_v: [B G, S, Hkv, D]; S may be 0.
         prefix_lengths: int64 [B]; suffix_lengths: int64 [B G]: slots that are written. What is in
             others does not matter, nor in slots that no query sees.
-        q_positions: int64 [B G, Tq] or [Tq]. None: the last query stands at its stream's last slot.
+        q_positions: int64 [B G, Tq] or [Tq], from 0 and below 2^31. None: the last query stands at
+            its stream's last slot.
         mask: as in ``video_attention``.
-        scale: of the scores; 1 / sqrt(D) if None.
+        scale: of the scores, > 0; 1 / sqrt(D) if None.
 
     Returns:
         [B G, Tq, Hq, D] in q's dtype, 0 where a query sees nothing. No gradients: train with
@@ -128,9 +130,12 @@ def _reference(
     length = suffix_lengths[:, None]
     if q_positions is None:
         q_positions = start + length - tq + queries
+    else:
+        q_positions = q_positions.expand(rollouts, tq)
+        check_positions(_OP, q_positions, torch.ones_like(q_positions, dtype=torch.bool))
     positions = torch.cat([first.expand(rollouts, p), start + second], 1)
     written = torch.cat([first < start, second < length], 1)
-    seen = sees(mask, q_positions.expand(rollouts, tq), positions) & written[:, None]
+    seen = sees(mask, q_positions, positions) & written[:, None]
     k, v = (
         torch.cat([prefix.repeat_interleave(group_size, 0), suffix], 1)
         for prefix, suffix in ((prefix_k, suffix_k), (prefix_v, suffix_v))

@@ -15,6 +15,7 @@ from rlir.ops._attention import (
     check_integers,
     check_lengths,
     check_mask,
+    check_positions,
     check_shape,
     runs_reference,
     scale_of,
@@ -78,9 +79,9 @@ def video_attention(
             h // (Hq / Hkv). float32 or bfloat16, D up to 256, with any strides. (Other
             sizes, float64 and float16 run the reference.) Key slot j is position j of the stream.
         mask: ``causal()``, ``frame_causal(...)`` or ``diagonal(...)``.
-        scale: of the scores; 1 / sqrt(D) if None.
-        q_positions: int64 [B, Tq] or [Tq]: where queries stand in the stream. None: the last query
-            of a row stands at its last key.
+        scale: of the scores, > 0; 1 / sqrt(D) if None.
+        q_positions: int64 [B, Tq] or [Tq], from 0 and below 2^31: where queries stand. None: the
+            last query of a row stands at its last key.
         q_lengths, k_lengths: int64 [B], or None: how many queries and keys of a row there are.
         return_lse: also the log of each softmax's denominator.
 
@@ -145,10 +146,14 @@ def _reference(
         q_lengths = queries.new_full((b,), tq)
     if k_lengths is None:
         k_lengths = queries.new_full((b,), tk)
+    there = queries < q_lengths[:, None]
     if q_positions is None:
         q_positions = (k_lengths - q_lengths)[:, None] + queries
-    seen = visible(mask, q_positions.expand(b, tq), tk)
-    seen = seen & (queries < q_lengths[:, None])[:, :, None] & (keys < k_lengths[:, None])[:, None]
+    else:
+        q_positions = q_positions.expand(b, tq)
+        check_positions(_OP, q_positions, there)
+    seen = visible(mask, q_positions, tk)
+    seen = seen & there[:, :, None] & (keys < k_lengths[:, None])[:, None]
     return attend(q, k, v, seen, scale)
 
 

@@ -194,7 +194,7 @@ def test_anything(op: Backend, data: st.DataObject) -> None:
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     shape = data.draw(st.sampled_from([None, (b * size, tq), (tq,)]))
     if shape is not None:
-        options["q_positions"] = torch.randint(-2, p + s + 3, shape, generator=g)
+        options["q_positions"] = torch.randint(0, p + s + 3, shape, generator=g)
     heads = (hkv * ratio, hkv)
     count = max(1, 100 // max(b * size * tq, 5))
     check_against_float64(
@@ -234,8 +234,9 @@ def test_a_query_that_sees_nothing(op: Backend) -> None:
     out = x.run(op)
     assert out[1].eq(0).all(), "an empty stream"
     assert out[0].ne(0).any(-1).all()
-    x.q_positions = torch.tensor([-1, 0])
-    assert x.run(op)[:, 0].eq(0).all(), "before the stream"
+    assert out[3, 0].ne(0).any(), "a stream of ten slots"
+    x.mask, x.q_positions = causal(3), torch.tensor([40, 8])
+    assert x.run(op)[:, 0].eq(0).all(), "behind a window that slid past the stream"
 
 
 @backends
@@ -424,7 +425,8 @@ LENGTHS = torch.full((6,), 7)
         ({"prefix_lengths": LENGTHS[:2] + 3}, "prefix_lengths must be from 0 to 9, got 10"),
         ({"suffix_lengths": LENGTHS - 8}, "suffix_lengths must be from 0 to 7, got -1"),
         ({"q_positions": LENGTHS}, r"q_positions must be \[2\], got shape \(6,\)"),
-        ({"scale": float("inf")}, "scale must be finite or None, got inf"),
+        ({"q_positions": torch.tensor([3, -1])}, "q_positions must be from 0 .* got -1"),
+        ({"scale": float("inf")}, "scale must be finite and > 0, or None, got inf"),
     ],
 )
 def test_wrong_inputs(op: Backend, change: dict, line: str) -> None:

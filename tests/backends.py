@@ -1,9 +1,9 @@
 """The backends an op can run on, for tests: one parametrisation over all of them.
 
 ``reference`` is the plain PyTorch function; ``cpu-<set>`` the native kernel of each instruction
-set this machine has; ``emu`` the CUDA kernel in the emulator, ``emu-checked`` the same with the
-detector of races and wrong accesses, in another order of threads; ``cuda`` a real GPU, skipped
-where there is none. In tests/ops/test_<op>.py:
+set this machine has, ``cpu-amx`` also where its tiles have to be emulated; ``emu`` the CUDA kernel
+in the emulator, ``emu-checked`` the same with the detector of races and wrong accesses, in another
+order of threads; ``cuda`` a real GPU, skipped where there is none. In tests/ops/test_<op>.py:
 
     backends = backends_of(my_op, my_op_reference)
 
@@ -11,9 +11,10 @@ where there is none. In tests/ops/test_<op>.py:
     def test_something(op: Backend) -> None:
         assert op(x)...
 
-An op without a CUDA kernel (csrc/cuda/ops.cmake) leaves out the last three by itself. ``op`` calls
-the public function, so checks, strides and autograd go the whole way. Where a gradient is wanted,
-put call and backward into ``with op.active():``, which holds the backend in place.
+An op without a CUDA kernel (csrc/cuda/ops.cmake) leaves out the last three by itself, one without
+a build for AMX ``cpu-amx``. ``op`` calls the public function, so checks, strides and autograd go
+the whole way. Where a gradient is wanted, put call and backward into ``with op.active():``, which
+holds the backend in place.
 """
 
 import contextlib
@@ -23,6 +24,8 @@ from typing import Any
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
+from amxcheck import emulator as amx
 from cudacheck.emulator import cuda_ops, emulated
 from torch import Tensor
 
@@ -65,6 +68,7 @@ class Backend:
 
     @property
     def is_emulated(self) -> bool:
+        """Whether CUDA is emulated."""
         return self.name.startswith("emu")
 
     @contextlib.contextmanager
@@ -73,6 +77,8 @@ class Backend:
         kind, _, which = self.name.partition("-")
         with contextlib.ExitStack() as stack:
             if kind == "cpu":
+                if which == "amx":
+                    stack.enter_context(amx.tiles())
                 stack.enter_context(instruction_set(which))
             elif kind == "emu":
                 stack.enter_context(
@@ -95,11 +101,31 @@ def instruction_sets() -> list[str]:
     return [isa for isa in _build_info.cpu_isas if _library.CPU_ISAS.index(isa) <= best]
 
 
+def native_backends(op: Callable[..., Any]) -> list[ParameterSet]:
+    """The best CPU kernels of this machine, and those for AMX if the op has such a build."""
+    names = [[isa for isa in instruction_sets() if isa != "amx"][-1]]
+    names += ["amx"] * (op.__name__ in amx.amx_ops())
+    return [parameter(Backend(f"cpu-{name}", op)) for name in names]
+
+
+def parameter(backend: Backend) -> ParameterSet:
+    """For pytest.mark.parametrize: skipped where the backend cannot run."""
+    marks: list[pytest.MarkDecorator] = []
+    if backend.name == "cuda":
+        no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+        marks = [pytest.mark.gpu, no_gpu]
+    elif backend.name == "cpu-amx":
+        marks = [pytest.mark.skipif(amx.missing() != "", reason=amx.missing())]
+    return pytest.param(backend, marks=marks, id=backend.name)
+
+
 def all_backends(op: Callable[..., Any], reference: Callable[..., Any]) -> list[Backend]:
     """Every backend of an op, whether or not it can run here."""
     found = [Backend("reference", reference)]
-    found += [Backend(f"cpu-{isa}", op) for isa in instruction_sets()]
-    if op.__name__.rstrip("_") in cuda_ops():
+    found += [Backend(f"cpu-{isa}", op) for isa in instruction_sets() if isa != "amx"]
+    if op.__name__ in amx.amx_ops():
+        found.append(Backend("cpu-amx", op))
+    if op.__name__.rstrip("_") in cuda_ops():  # a name that ends in _ writes in place
         found += [Backend(name, op) for name in ("emu", "emu-checked", "cuda")]
     return found
 
@@ -111,13 +137,5 @@ def backends_of(
     only: Callable[[Backend], bool] = lambda backend: True,
 ) -> pytest.MarkDecorator:
     """Parametrises the argument ``op`` of a test over the backends of an op."""
-    no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
     chosen = [b for b in all_backends(op, reference) if only(b)]
-    return pytest.mark.parametrize(
-        "op",
-        [
-            pytest.param(b, marks=[pytest.mark.gpu, no_gpu] if b.name == "cuda" else [])
-            for b in chosen
-        ],
-        ids=[b.name for b in chosen],
-    )
+    return pytest.mark.parametrize("op", [parameter(b) for b in chosen])

@@ -22,7 +22,7 @@ PYBIND11_MODULE(_build_info, m) {
   m.attr("compiler") = RLIR_COMPILER;
   m.attr("build_type") = RLIR_BUILD_TYPE;
 #if defined(RLIR_X86)
-  const std::vector<std::string> compiled = {"baseline", "avx2", "avx512", "avx512_bf16"};
+  const std::vector<std::string> compiled = {"baseline", "avx2", "avx512", "avx512_bf16", "amx"};
 #else
   const std::vector<std::string> compiled = {"baseline"};
 #endif

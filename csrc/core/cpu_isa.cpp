@@ -79,9 +79,12 @@ CpuIsa detect() {
   return CpuIsa::kBaseline;
 }
 
+std::atomic<bool> emulated_amx{false};
+
 CpuIsa lowered_to(const char* cap) {
   const CpuIsa best = detected_cpu_isa();
   if (cap == nullptr) return best;
+  if (emulated_amx && std::strcmp(cap, cpu_isa_name(CpuIsa::kAmx)) == 0) return CpuIsa::kAmx;
   for (int i = 0; i < static_cast<int>(best); ++i) {
     if (std::strcmp(cap, cpu_isa_name(static_cast<CpuIsa>(i))) == 0) return static_cast<CpuIsa>(i);
   }
@@ -133,6 +136,12 @@ CpuIsa cpu_isa() { return chosen().load(std::memory_order_relaxed); }
 
 CpuIsa cap_cpu_isa(const char* name) {
   return chosen().exchange(lowered_to(name), std::memory_order_relaxed);
+}
+
+bool amx_is_emulated() {
+  if (detected_cpu_isa() < CpuIsa::kAvx512Bf16) return false;
+  emulated_amx = true;
+  return true;
 }
 
 const char* cpu_features() {

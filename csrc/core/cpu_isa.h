@@ -22,6 +22,12 @@ CpuIsa cpu_isa();
 // tests, which run every instruction set in one process.
 CpuIsa cap_cpu_isa(const char* name);
 
+// For tests: from now on cap_cpu_isa("amx") is granted on a machine without AMX, whose tile
+// instructions a handler of SIGILL does (csrc/emu/amx.cpp). Nothing else changes: no other name,
+// no variable and no detection leads there. False, and without effect, where the machine lacks
+// what else the build for AMX is compiled for.
+bool amx_is_emulated();
+
 // Features of interest and whether this machine has them, as "name" or "-name" separated by
 // spaces, for people.
 const char* cpu_features();
@@ -39,7 +45,12 @@ const char* cpu_features();
 #define RLIR_CPU_KERNEL_BF16(kernel)                                                   \
   (::rlir::cpu_isa() >= ::rlir::CpuIsa::kAvx512Bf16 ? ::rlir::cpu::avx512_bf16::kernel \
                                                     : RLIR_CPU_KERNEL(kernel))
+// The same for kernels with a build for AMX as well.
+#define RLIR_CPU_KERNEL_AMX(kernel)                                     \
+  (::rlir::cpu_isa() >= ::rlir::CpuIsa::kAmx ? ::rlir::cpu::amx::kernel \
+                                             : RLIR_CPU_KERNEL_BF16(kernel))
 #else
 #define RLIR_CPU_KERNEL(kernel) (::rlir::cpu::baseline::kernel)
 #define RLIR_CPU_KERNEL_BF16(kernel) (::rlir::cpu::baseline::kernel)
+#define RLIR_CPU_KERNEL_AMX(kernel) (::rlir::cpu::baseline::kernel)
 #endif

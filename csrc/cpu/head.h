@@ -34,7 +34,7 @@ inline int64_t depth_words(const Head& a) {
 }
 
 // Bytes of a tile of z; rows of columns past the last one are written and not read.
-inline int64_t tile_bytes() { return (kHeadBlock + kRows) * kPanel * sizeof(float); }
+inline int64_t tile_bytes() { return (kHeadBlock + kRowPad) * kPanel * sizeof(float); }
 
 // The weight's rows of a block, as the product wants them: where they lie, or a copy.
 template <typename Format>

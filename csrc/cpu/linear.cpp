@@ -9,7 +9,9 @@
 namespace rlir::cpu::RLIR_ISA {
 namespace {
 
-constexpr int64_t kRowBlock = 192;  // rows whose sums stand side by side: 36 KiB with AVX-512
+constexpr int64_t kRowBlock = 12 * kRows;   // rows at a time where a panel outgrows the L2 cache
+constexpr int64_t kL2Words = 128 * 1024;    // what of the L2 cache a panel may take
+constexpr int64_t kGroupWords = 96 * 1024;  // what panels that are packed together take
 
 // Panels of nearly equal width: a last one of a single vector would waste most of a tile.
 struct Panels {
@@ -33,11 +35,19 @@ int64_t panel_words(const LinearProduct& p) {
   return words_for<F>(p.depth) * kPanel;
 }
 
+// Panels that a task packs at a time: rows are brought from memory once for all of them.
+template <typename F>
+int64_t group_panels(const LinearProduct& p) {
+  const int64_t words = panel_words<F>(p);
+  return p.count <= kRowBlock || words * 2 > kGroupWords ? 1
+                                                         : kGroupWords / (words > 0 ? words : 1);
+}
+
 template <typename F>
 LinearSizes sizes_of(const LinearProduct& p) {
   const int64_t sums = (kRowBlock + kRows) * kPanel;
   return {in_place<F>(p) ? 0 : 4 * packed_row_words<F>(p.depth), Panels(p.outputs).count,
-          4 * (sums + panel_words<F>(p))};
+          4 * (sums + at_most(group_panels<F>(p), Panels(p.outputs).count) * panel_words<F>(p))};
 }
 
 template <typename F>
@@ -45,9 +55,27 @@ void pack(const LinearProduct& p, int64_t begin, int64_t end) {
   pack_words<F>(static_cast<typename F::Word*>(p.packed), p.rows, begin, end, p.depth);
 }
 
+// The lines that `lanes` results of a row will go to, on their way while these are computed: rows
+// are far apart, and a store that misses holds up those behind it.
+inline void ask_for_results(const LinearProduct& p, int64_t row, int64_t first, int64_t lanes) {
+  if (p.turned) return;
+  const int64_t size = p.out_dtype == Dtype::kFloat32 ? 4 : 2;
+  const char* from = static_cast<const char*>(p.out) + (row * p.outputs + first) * size;
+  const int64_t last = at_most(lanes, p.outputs - first) * size - 1;
+  for (int64_t i = 0; i < last; i += 64) __builtin_prefetch(from + i, 1, 3);
+  __builtin_prefetch(from + last, 1, 3);
+}
+
 void store_sums(const LinearProduct& p, const float* sums, int64_t row, int64_t first,
                 int64_t lanes) {
   float values[kPanel];
+  if (p.turned) {
+    for (int64_t i = 0; i < at_most(lanes, p.outputs - first); ++i) {
+      const float value = p.bias == nullptr ? sums[i] : sums[i] + p.bias[row];
+      store_row(p.out, p.out_dtype, (first + i) * p.count + row, &value, 1);
+    }
+    return;
+  }
   const int64_t n = at_most(lanes, p.outputs - first), at = row * p.outputs + first;
   if (p.bias == nullptr) return store_row(p.out, p.out_dtype, at, sums, n);
   int64_t i = 0;
@@ -62,20 +90,32 @@ template <typename F>
 void tiles(const LinearProduct& p, int64_t row_begin, int64_t row_end, int64_t panel_begin,
            int64_t panel_end, float* sums) {
   using Word = typename F::Word;
-  Word* panel = reinterpret_cast<Word*>(sums + (kRowBlock + kRows) * kPanel);
+  Word* packed = reinterpret_cast<Word*>(sums + (kRowBlock + kRows) * kPanel);
   const Panels panels(p.outputs);
-  const bool packed = !in_place<F>(p);
-  const Word* rows = static_cast<const Word*>(packed ? p.packed : p.rows.data);
-  const int64_t stride = packed ? packed_row_words<F>(p.depth) : p.rows.major_stride / F::kPerWord;
-  const int64_t words = words_for<F>(p.depth);
-  for (int64_t i = panel_begin; i < panel_end; ++i) {
-    const int64_t first = panels.first(i), lanes = panels.first(i + 1) - first;
-    pack_lanes<F>(panel, p.lanes, first, lanes, p.outputs, p.depth);
+  const bool copied = !in_place<F>(p);
+  const Word* rows = static_cast<const Word*>(copied ? p.packed : p.rows.data);
+  const int64_t stride = copied ? packed_row_words<F>(p.depth) : p.rows.major_stride / F::kPerWord;
+  const int64_t words = words_for<F>(p.depth), size = panel_words<F>(p);
+  const int64_t group = group_panels<F>(p), step = size > kL2Words ? kRowBlock : kRows;
+  for (int64_t from = panel_begin; from < panel_end; from += group) {
+    const int64_t to = at_most(from + group, panel_end);
+    for (int64_t i = from; i < to; ++i) {
+      const int64_t first = panels.first(i);
+      pack_lanes<F>(packed + (i - from) * size, p.lanes, first, panels.first(i + 1) - first,
+                    p.outputs, p.depth);
+    }
     for (int64_t row = row_begin; row < row_end; row += kRowBlock) {
-      const int64_t count = at_most(kRowBlock, row_end - row);
-      panel_product<F>(sums, rows + row * stride, stride, count, panel, words,
-                       static_cast<int>(lanes), false);
-      for (int64_t j = 0; j < count; ++j) store_sums(p, sums + j * kPanel, row + j, first, lanes);
+      const int64_t end = at_most(row + kRowBlock, row_end);
+      for (int64_t i = from; i < to; ++i) {
+        const int64_t first = panels.first(i), lanes = panels.first(i + 1) - first;
+        for (int64_t j = row; j < end; j += step) {
+          const int64_t count = at_most(step, end - j);
+          for (int64_t n = 0; n < count; ++n) ask_for_results(p, j + n, first, lanes);
+          panel_product<F>(sums, rows + j * stride, stride, count, packed + (i - from) * size,
+                           words, static_cast<int>(lanes), false);
+          for (int64_t n = 0; n < count; ++n) store_sums(p, sums + n * kPanel, j + n, first, lanes);
+        }
+      }
     }
   }
 }

@@ -4,6 +4,7 @@
 //   out[i][j] = sum_k rows[i][k] lanes[j][k] + bias[j]
 //
 //   y  = x W^T + b    rows x  [n][k]    lanes W   [o][k]    k inputs
+//                     of few x: rows W, lanes x, the result turned: W is not packed then
 //   dx = dy W         rows dy [n][o]    lanes W^T [k][o]    over outputs
 //   dW = dy^T x       rows dy^T [o][n]  lanes x^T [k][n]    over rows
 //   db = sum_n dy     by columns
@@ -25,6 +26,7 @@
 namespace rlir::cpu {
 
 inline constexpr int64_t kLinearChain = 16;    // rows of a partial sum of db
+inline constexpr int64_t kLinearTurned = 48;   // at most so many x: one panel with AVX-512
 inline constexpr int64_t kLinearColumns = 64;  // of db, a task: whole cache lines
 
 // float32 or bfloat16 operands [index][k], one of the strides 1.
@@ -32,8 +34,9 @@ struct LinearProduct {
   Matrix rows, lanes;
   int64_t count, outputs, depth;  // I, J, K
   bool bfloat16;                  // what operands are rounded to; or float32
-  const float* bias;              // [J], or null
-  void* out;                      // [I][J] contiguous
+  const float* bias;              // [J] or [I], or null
+  void* out;                      // [I][J] contiguous; or [J][I]
+  bool turned;                    // it is [J][I], and the bias [I]
   Dtype out_dtype;
   void* packed;  // LinearSizes::row bytes a row, rows in whole groups of 16
 };

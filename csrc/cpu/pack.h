@@ -108,6 +108,8 @@ inline void transpose(Vf* v) {
   }
 }
 
+constexpr int64_t kAhead = 16;  // words of k that are asked for in advance
+
 // One panel [words][kPanel]: indices first .. first + lanes - 1 of `count`. Whole vectors of lanes
 // are written, zeros in those beyond the last index.
 template <typename F>
@@ -117,6 +119,12 @@ inline void pack_lanes(typename F::Word* panel, const Matrix& m, int64_t first, 
   float* to = reinterpret_cast<float*>(panel);
   if (!runs_along_k(m)) {
     for (int64_t w = 0; w < words; ++w) {
+      // Elements of the next k are far from these: memory does not bring them by itself.
+      for (int64_t i = 0; i < F::kPerWord; ++i) {
+        const int64_t k = at_most((w + kAhead) * F::kPerWord + i, depth - 1);
+        __builtin_prefetch(element(m, first, k));
+        __builtin_prefetch(element(m, at_most(first + lanes, count) - 1, k));
+      }
       for (int64_t i = 0; i < lanes; i += kWidth) {
         store_vector(to + w * kPanel + i, words_across<F>(m, first + i, count, w, depth));
       }
@@ -163,6 +171,15 @@ inline void pack_words(typename F::Word* rows, const Matrix& m, int64_t begin, i
   for (int64_t w = 0; w < words; w += kWidth) {
     for (int64_t i = begin; i < end; i += kWidth) {
       Vf block[kWidth];
+      const int64_t next = i + 2 * kWidth;
+      if (next < end) {  // where the next blocks come from and go to
+        for (int j = 0; j < kWidth; ++j) {
+          __builtin_prefetch(to + (i + kWidth + j) * stride + w, 1, 3);
+        }
+        for (int64_t j = 0; j < kWidth * F::kPerWord; ++j) {
+          __builtin_prefetch(element(m, next, at_most(w * F::kPerWord + j, depth - 1)));
+        }
+      }
 #pragma GCC unroll 16
       for (int j = 0; j < kWidth; ++j) block[j] = words_across<F>(m, i, end, w + j, depth);
       transpose(block);

@@ -15,7 +15,8 @@
 // bfloat16 of neighbouring k, and vdpbf16ps does two steps at once: first the odd k, then the
 // even one, each rounded to nearest as a fused multiply-add; subnormals are zeros. To have the
 // same bits without that instruction, products of two bfloat16 operands are packed as floats with
-// the two k of a pair exchanged (`swapped`).
+// the two k of a pair exchanged (`swapped`). In files compiled for AMX the product of pairs is
+// cpu/tiles.h's, with bits of its own.
 //
 // Internal linkage throughout: compiled once per instruction set.
 #pragma once
@@ -32,6 +33,11 @@ constexpr int kVectors = 3, kRows = 8;  // 24 accumulators of 32 registers
 constexpr int kVectors = 2, kRows = 6;  // 12 of 16
 #else
 constexpr int kVectors = 4, kRows = 2;
+#endif
+#if defined(__AMX_BF16__)
+constexpr int kRowPad = 32;  // rows that a product may write at once: two tiles
+#else
+constexpr int kRowPad = kRows;
 #endif
 constexpr int kPanel = kVectors * kWidth;
 constexpr int64_t kChain = 128;  // steps of k
@@ -63,6 +69,12 @@ struct PairFormat {
   }
 };
 #endif
+
+// What a thread has to have while it calls panel_product: nothing, but for tiles.
+template <typename Format>
+struct ProductScope {
+  ProductScope() {}  // so that an unused one is no warning
+};
 
 // What a tile asks memory for as it goes, `lines` of 64 bytes a step: the panel that comes next.
 // None where lines is 0.
@@ -129,7 +141,7 @@ inline void tile(int lanes, float* c, const typename Format::Word* const* rows,
   return tile<Format, 1>(c, rows, panel, depth, more, ahead);
 }
 
-// c [count rounded up to kRows][kPanel] of rows first, first + 1, ... with `stride` words between
+// c [count rounded up to kRowPad][kPanel] of rows first, first + 1, ... with `stride` words between
 // them, against one panel of `words` words. `more` adds to what c holds. `next`, if not null, is
 // the panel that the caller reads next: it is brought into the second level cache meanwhile.
 template <typename Format>
@@ -156,6 +168,16 @@ inline void panel_product(float* c, const typename Format::Word* first, int64_t 
     }
   }
 }
+
+}  // namespace
+}  // namespace rlir::cpu
+
+#if defined(__AMX_BF16__)
+#include "cpu/tiles.h"
+#endif
+
+namespace rlir::cpu {
+namespace {
 
 // --- Packing -------------------------------------------------------------------------------------
 

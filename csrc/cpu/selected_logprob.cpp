@@ -23,10 +23,10 @@ HeadSizes sizes_of(const Head& a) {
   s.scratch = tile_bytes() + kHeadBlock * words * kWord;
   s.row_logits = kPanel * padded_tokens(a.tokens) * 4 + row_search_bytes(a.tokens);
   s.chunk_panels = s.chunk_rows = padded * kHeadBlock * kWord / Format::kPerWord;
-  s.chunk_weight = round_up(a.depth, kRows) * kHeadBlock * kWord / Format::kPerWord;
+  s.chunk_weight = round_up(a.depth, kRowPad) * kHeadBlock * kWord / Format::kPerWord;
   s.weight_panels = (a.depth + kPanel - 1) / kPanel;
   s.hidden_lanes = s.weight_panels * kPanel * words_of<Format>(a.rows, swaps(a)) * kWord;
-  s.grad_panels = padded * round_up(a.depth, kRows) * static_cast<int64_t>(sizeof(float));
+  s.grad_panels = padded * round_up(a.depth, kRowPad) * static_cast<int64_t>(sizeof(float));
   return s;
 }
 
@@ -69,6 +69,7 @@ void reduce_tile(const Head& a, const Columns& columns, const float* z, int64_t 
 template <typename Format>
 void blocks(const Head& a, int64_t panel_begin, int64_t panel_end, int64_t block_begin,
             int64_t block_end, void* scratch) {
+  const ProductScope<Format> scope;
   float* z = static_cast<float*>(scratch);
   const int64_t padded = padded_rows(a);
   for (int64_t block = block_begin; block < block_end; ++block) {
@@ -96,6 +97,7 @@ void blocks(const Head& a, int64_t panel_begin, int64_t panel_end, int64_t block
 template <typename Format>
 void logits(const Head& a, float* out, int64_t panel_begin, int64_t panel_end, int64_t block_begin,
             int64_t block_end, void* scratch) {
+  const ProductScope<Format> scope;
   float* z = static_cast<float*>(scratch);
   for (int64_t block = block_begin; block < block_end; ++block) {
     const Columns columns = columns_of(a, block);
@@ -117,6 +119,7 @@ void logits(const Head& a, float* out, int64_t panel_begin, int64_t panel_end, i
 template <typename Format>
 void supports(const Head& a, int64_t top_k, double top_p, uint8_t* mask, int64_t mask_stride,
               int64_t panel_begin, int64_t panel_end, void* scratch, void* row_logits) {
+  const ProductScope<Format> scope;
   float* z = static_cast<float*>(scratch);
   float* rows = static_cast<float*>(row_logits);
   const int64_t width = padded_tokens(a.tokens);

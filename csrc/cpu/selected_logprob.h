@@ -18,7 +18,7 @@
 //
 // Bits. A row's results depend on that row and the head alone; sums over rows (dweight, dbias) run
 // in the order of the rows, whatever the threads. float32, and bfloat16 without subnormals: the
-// same bits from every build.
+// same bits from every build, but for two bfloat16 operands in the amx build (cpu/tiles.h).
 #pragma once
 
 #include <stdint.h>
@@ -31,7 +31,7 @@ namespace rlir::cpu {
 // number of panels in every build.
 inline constexpr int64_t kHeadGroup = 384;
 inline constexpr int64_t kHeadBlock = 256;  // columns: kSoftmaxBlock
-inline constexpr int64_t kHeadStep = 48;    // of h, in gradient_hidden: whole tiles in every build
+inline constexpr int64_t kHeadStep = 96;    // of h, in gradient_hidden: whole tiles in every build
 
 // float32 or bfloat16 operands. Sizes: rows N, depth H, tokens V.
 struct Head {
@@ -124,6 +124,7 @@ RLIR_SELECTED_LOGPROB_BUILD(baseline)
 RLIR_SELECTED_LOGPROB_BUILD(avx2)
 RLIR_SELECTED_LOGPROB_BUILD(avx512)
 RLIR_SELECTED_LOGPROB_BUILD(avx512_bf16)
+RLIR_SELECTED_LOGPROB_BUILD(amx)
 #undef RLIR_SELECTED_LOGPROB_BUILD
 
 }  // namespace rlir::cpu

@@ -129,6 +129,7 @@ void gradient_tile(const Rows& r, const Columns& columns, float* z) {
 template <typename Format>
 void tiles(const HeadGradient& g, int64_t panel_begin, int64_t panel_end, int64_t block_begin,
            int64_t block_end, void* scratch) {
+  const ProductScope<Format> scope;
   const Head& a = g.head;
   float* z = static_cast<float*>(scratch);
   for (int64_t block = block_begin; block < block_end; ++block) {
@@ -210,11 +211,12 @@ void weight_t(const HeadGradient& g, int64_t begin, int64_t end) {
   }
 }
 
-static_assert(kHeadStep % kRows == 0);  // or neighbouring tasks would share a tile
+static_assert(kHeadStep % kRowPad == 0);  // or neighbouring tasks would share a tile
 
 template <typename Format>
 void hidden_tiles(const HeadGradient& g, int64_t panel_begin, int64_t panel_end, int64_t begin,
                   int64_t end, void*) {
+  const ProductScope<Format> scope;
   using Word = typename Format::Word;
   const Head& a = g.head;
   const Columns range = chunk_range(g);
@@ -223,10 +225,10 @@ void hidden_tiles(const HeadGradient& g, int64_t panel_begin, int64_t panel_end,
   const Word* rows = static_cast<const Word*>(g.chunk_weight);
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
     const Word* dz = layouts_of<Format>(g, panel).panel + range.begin / Format::kPerWord * kPanel;
-    float* sums = g.grad_panels + panel * round_up(a.depth, kRows) * kPanel;
+    float* sums = g.grad_panels + panel * round_up(a.depth, kRowPad) * kPanel;
     const int lanes = static_cast<int>(at_most(a.rows - panel * kPanel, kPanel));
-    for (int64_t h = begin; h < end; h += kRows) {
-      panel_product<Format>(sums + h * kPanel, rows + h * stride, stride, at_most(kRows, end - h),
+    for (int64_t h = begin; h < end; h += kRowPad) {
+      panel_product<Format>(sums + h * kPanel, rows + h * stride, stride, at_most(kRowPad, end - h),
                             dz, words, lanes, !g.first);
     }
   }
@@ -254,6 +256,7 @@ void store_as(Dtype dtype, void* out, int64_t at, float value) {
 template <typename Format>
 void weight_tiles(const HeadGradient& g, int64_t panel_begin, int64_t panel_end,
                   int64_t block_begin, int64_t block_end, void* scratch) {
+  const ProductScope<Format> scope;
   using Word = typename Format::Word;
   const Head& a = g.head;
   float* sums = static_cast<float*>(scratch);
@@ -321,7 +324,7 @@ void gradient_bias(const HeadGradient& g, int64_t begin, int64_t end) {
 void gradient_rows(const HeadGradient& g, int64_t begin, int64_t end) {
   const Head& a = g.head;
   for (int64_t panel = begin; panel < end; ++panel) {
-    const float* sums = g.grad_panels + panel * round_up(a.depth, kRows) * kPanel;
+    const float* sums = g.grad_panels + panel * round_up(a.depth, kRowPad) * kPanel;
     const int64_t first = panel * kPanel;
     for (int64_t lane = 0; lane < at_most(a.rows - first, kPanel); ++lane) {
       for (int64_t h = 0; h < a.depth; ++h) {

@@ -67,7 +67,7 @@ void convolve(const Stem& m, const typename F::Word* image, int64_t width, int64
 
 template <typename F>
 void rollout(const Stem& m, const int64_t* previous, const int64_t* tokens, float* out,
-             float* space) {
+             float* saved, float* space) {
   using Word = typename F::Word;
   const Space s = space_of(m);
   const int64_t channels = padded(m.channels), count = m.rows * m.columns;
@@ -79,10 +79,19 @@ void rollout(const Stem& m, const int64_t* previous, const int64_t* tokens, floa
     }
     store_vector(film + i, sum);
   }
-  const auto modulated = [&](int64_t block, int64_t at, Vf value, const float* bias) {
+  // A convolution's output at a position, and what it adds to x.
+  const auto modulated = [&](int64_t block, int64_t position, int64_t at, Vf value,
+                             const float* bias) {
     const float* scale = film + block * 2 * channels + at;
-    const Vf grown = splat(1.0f) + load_vector(scale);
-    return gelu(fma(value + load_vector(bias + at), grown, load_vector(scale + channels)));
+    const Vf grown = splat(1.0f) + load_vector(scale), biased = value + load_vector(bias + at);
+    if (saved != nullptr) {
+      store_vector(saved + (2 * block * count + position) * channels + at, biased);
+    }
+    return gelu(fma(biased, grown, load_vector(scale + channels)));
+  };
+  const auto keep = [&](int64_t block) {
+    if (saved == nullptr) return;
+    __builtin_memcpy(saved + (2 * block + 1) * count * channels, x, 4 * count * channels);
   };
   // A position's place in an image with a border.
   const auto place = [&](Word* image, int64_t width, int64_t size, int64_t position) {
@@ -99,10 +108,12 @@ void rollout(const Stem& m, const int64_t* previous, const int64_t* tokens, floa
   convolve<F>(m, image, m.input_width, m.embedding, static_cast<const Word*>(m.input), c,
               [&](int64_t position, int64_t first, int64_t lanes, const float* values) {
                 for (int64_t i = 0; i < lanes; i += kWidth) {
-                  store_vector(x + position * channels + first + i,
-                               modulated(0, first + i, load_vector(values + i), m.input_bias));
+                  store_vector(
+                      x + position * channels + first + i,
+                      modulated(0, position, first + i, load_vector(values + i), m.input_bias));
                 }
               });
+  keep(0);
   image = reinterpret_cast<Word*>(space + s.later);
   const int64_t kernel = 3 * round_up(m.channels, kPanel) * words_for<F>(m.block_width * channels);
   for (int64_t block = 0; block < m.blocks; ++block) {
@@ -116,10 +127,11 @@ void rollout(const Stem& m, const int64_t* previous, const int64_t* tokens, floa
                 [&](int64_t position, int64_t first, int64_t lanes, const float* values) {
                   for (int64_t i = 0; i < lanes; i += kWidth) {
                     float* to = x + position * channels + first + i;
-                    store_vector(to, load_vector(to) + modulated(block + 1, first + i,
+                    store_vector(to, load_vector(to) + modulated(block + 1, position, first + i,
                                                                  load_vector(values + i), bias));
                   }
                 });
+    keep(block + 1);
   }
   Word* rows = reinterpret_cast<Word*>(space + s.row);
   for (int64_t i = 0; i < count; ++i) {
@@ -144,10 +156,10 @@ void rollout(const Stem& m, const int64_t* previous, const int64_t* tokens, floa
 int64_t stem_scratch(const Stem& m) { return 4 * space_of(m).total; }
 
 void stem_rollout(const Stem& m, const int64_t* previous, const int64_t* tokens, float* out,
-                  void* scratch) {
+                  float* saved, void* scratch) {
   float* space = static_cast<float*>(scratch);
-  m.bfloat16 ? rollout<BFloat16Words>(m, previous, tokens, out, space)
-             : rollout<Plain>(m, previous, tokens, out, space);
+  m.bfloat16 ? rollout<BFloat16Words>(m, previous, tokens, out, saved, space)
+             : rollout<Plain>(m, previous, tokens, out, saved, space);
 }
 
 }  // namespace rlir::cpu::RLIR_ISA

@@ -35,9 +35,11 @@ struct Stem {
 };
 
 using StemScratch = int64_t(const Stem&);  // bytes, aligned to 64
-// One rollout: out [rows columns][hidden] of previous [rows columns] and tokens [action].
+// One rollout: out [rows columns][hidden] of previous [rows columns] and tokens [action]. What a
+// backward pass needs goes to saved [blocks + 1][2][rows columns][channels padded], or nowhere if
+// null: each convolution with its bias, and the x that it leads to.
 using StemRollout = void(const Stem&, const int64_t* previous, const int64_t* tokens, float* out,
-                         void* scratch);
+                         float* saved, void* scratch);
 
 #define RLIR_STEM_BUILD(isa) \
   namespace isa {            \

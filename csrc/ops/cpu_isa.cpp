@@ -12,6 +12,11 @@ std::string cap_cpu_isa_op(std::string isa) { return cpu_isa_name(cap_cpu_isa(is
 
 }  // namespace
 
+// For ctypes; not an operator, so that nobody comes by it.
+extern "C" __attribute__((visibility("default"))) int rlir_amx_is_emulated() {
+  return amx_is_emulated() ? 1 : 0;
+}
+
 STABLE_TORCH_LIBRARY_FRAGMENT(rlir, m) { m.def("cap_cpu_isa(str isa) -> str"); }
 
 STABLE_TORCH_LIBRARY_IMPL(rlir, CompositeExplicitAutograd, m) {

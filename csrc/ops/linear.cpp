@@ -31,7 +31,7 @@ Matrix across(const Tensor& x) {
   return {x.const_data_ptr(), float_dtype("linear: an operand", x), 1, x.stride(0)};
 }
 
-void run(cpu::LinearProduct& p) {
+void run(cpu::LinearProduct p) {
   if (p.count == 0 || p.outputs == 0) return;
   const cpu::LinearSizes sizes = RLIR_CPU_KERNEL_BF16(linear_sizes)(p);
   const int64_t groups = (p.count + kGroup - 1) / kGroup;
@@ -61,8 +61,8 @@ void run(cpu::LinearProduct& p) {
   });
 }
 
-void product(const Matrix& rows, int64_t count, const Matrix& lanes, int64_t outputs, int64_t depth,
-             bool bfloat16, const float* bias, const Tensor& out) {
+cpu::LinearProduct product(const Matrix& rows, int64_t count, const Matrix& lanes, int64_t outputs,
+                           int64_t depth, bool bfloat16, const Tensor& out) {
   cpu::LinearProduct p{};
   p.rows = rows;
   p.lanes = lanes;
@@ -70,10 +70,9 @@ void product(const Matrix& rows, int64_t count, const Matrix& lanes, int64_t out
   p.outputs = outputs;
   p.depth = depth;
   p.bfloat16 = bfloat16;
-  p.bias = bias;
   p.out = out.mutable_data_ptr();
   p.out_dtype = float_dtype("linear: the result", out);
-  run(p);
+  return p;
 }
 
 bool is_bfloat16(const Tensor& x) { return x.scalar_type() == ScalarType::BFloat16; }
@@ -92,7 +91,12 @@ Tensor linear_cpu(const Tensor& input, const Tensor& matrix, const std::optional
   }
   Tensor out =
       torch::stable::new_empty(x, {n, o}, to_bfloat16 ? ScalarType::BFloat16 : ScalarType::Float);
-  product(along(x), n, along(w), o, k, is_bfloat16(x), b, out);
+  const bool turned = n <= cpu::kLinearTurned;
+  cpu::LinearProduct p = turned ? product(along(w), o, along(x), n, k, is_bfloat16(x), out)
+                                : product(along(x), n, along(w), o, k, is_bfloat16(x), out);
+  p.turned = turned;
+  p.bias = b;
+  run(p);
   return out;
 }
 
@@ -109,8 +113,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(const Tensor& grad, const
   Tensor dx = torch::stable::new_empty(x, {need_x ? n : 0, k});
   Tensor dw = torch::stable::new_empty(w, {need_weight ? o : 0, k});
   Tensor db = torch::stable::new_empty(w, {need_bias ? o : 0}, ScalarType::Float);
-  if (need_x) product(along(dy), n, across(w), k, o, bfloat16, nullptr, dx);
-  if (need_weight) product(across(dy), o, across(x), k, n, bfloat16, nullptr, dw);
+  if (need_x) run(product(along(dy), n, across(w), k, o, bfloat16, dx));
+  if (need_weight) run(product(across(dy), o, across(x), k, n, bfloat16, dw));
   if (need_bias) {
     float* out = db.mutable_data_ptr<float>();
     const int64_t tasks = (o + cpu::kLinearColumns - 1) / cpu::kLinearColumns;

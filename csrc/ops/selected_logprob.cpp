@@ -19,7 +19,7 @@ float float_at(const Tensor& x, int64_t i) {
 Scratch packed(HeadInputs& in, const cpu::HeadSizes& sizes) {
   Scratch panels(sizes.panels);
   in.head.panels = panels.get();
-  const auto pack = RLIR_CPU_KERNEL_BF16(head_pack);
+  const auto pack = RLIR_CPU_KERNEL_AMX(head_pack);
   torch::stable::parallel_for(0, sizes.padded / sizes.panel_rows, 4,
                               [&](int64_t begin, int64_t end) { pack(in.head, begin, end); });
   return panels;
@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor, Tensor> selected_logprob_cpu(
   head.entropy = compute_entropy ? entropy.mutable_data_ptr<float>() : nullptr;
   head.stats = stats.mutable_data_ptr<float>();
 
-  const cpu::HeadSizes sizes = RLIR_CPU_KERNEL_BF16(head_sizes)(head);
+  const cpu::HeadSizes sizes = RLIR_CPU_KERNEL_AMX(head_sizes)(head);
   const Scratch panels = packed(in, sizes);
   const int64_t blocks = in.last_block() - in.first_block();
   const Scratch sums(3 * blocks * sizes.padded * 4), target_z(sizes.padded * 4);
@@ -51,13 +51,13 @@ std::tuple<Tensor, Tensor, Tensor> selected_logprob_cpu(
   head.block_sum = head.block_max + blocks * sizes.padded;
   head.block_dot = head.block_sum + blocks * sizes.padded;
   head.target_z = target_z.get<float>();
-  const auto tiles = RLIR_CPU_KERNEL_BF16(head_blocks);
+  const auto tiles = RLIR_CPU_KERNEL_AMX(head_blocks);
   for_tiles(n, sizes.panel_rows, in.first_block(), in.last_block(),
             [&](int64_t p0, int64_t p1, int64_t b0, int64_t b1) {
               const Scratch scratch(sizes.scratch);
               tiles(head, p0, p1, b0, b1, scratch.get());
             });
-  const auto rows = RLIR_CPU_KERNEL_BF16(head_rows);
+  const auto rows = RLIR_CPU_KERNEL_AMX(head_rows);
   torch::stable::parallel_for(0, sizes.padded / sizes.panel_rows, 8,
                               [&](int64_t begin, int64_t end) { rows(head, begin, end); });
   return {logprob, entropy, stats};
@@ -69,9 +69,9 @@ Tensor head_logits_cpu(const Tensor& hidden, const Tensor& weight,
   const int64_t n = in.head.rows;
   Tensor logits = torch::stable::new_empty(hidden, {n, in.head.tokens}, ScalarType::Float);
   if (n == 0) return logits;
-  const cpu::HeadSizes sizes = RLIR_CPU_KERNEL_BF16(head_sizes)(in.head);
+  const cpu::HeadSizes sizes = RLIR_CPU_KERNEL_AMX(head_sizes)(in.head);
   const Scratch panels = packed(in, sizes);
-  const auto tiles = RLIR_CPU_KERNEL_BF16(head_logits);
+  const auto tiles = RLIR_CPU_KERNEL_AMX(head_logits);
   float* out = logits.mutable_data_ptr<float>();
   for_tiles(n, sizes.panel_rows, in.first_block(), in.last_block(),
             [&](int64_t p0, int64_t p1, int64_t b0, int64_t b1) {
@@ -90,9 +90,9 @@ Tensor selected_support_cpu(const Tensor& hidden, const Tensor& weight,
   const int64_t n = in.head.rows, bytes = (in.head.tokens + 7) / 8;
   Tensor mask = torch::stable::new_empty(hidden, {n, bytes}, ScalarType::Byte);
   if (n == 0) return mask;
-  const cpu::HeadSizes sizes = RLIR_CPU_KERNEL_BF16(head_sizes)(in.head);
+  const cpu::HeadSizes sizes = RLIR_CPU_KERNEL_AMX(head_sizes)(in.head);
   const Scratch panels = packed(in, sizes);
-  const auto kernel = RLIR_CPU_KERNEL_BF16(head_support);
+  const auto kernel = RLIR_CPU_KERNEL_AMX(head_support);
   uint8_t* out = mask.mutable_data_ptr<uint8_t>();
   torch::stable::parallel_for(0, sizes.padded / sizes.panel_rows, 1,
                               [&](int64_t begin, int64_t end) {

@@ -23,21 +23,21 @@ const float* gradient(const char* name, const std::optional<Tensor>& grad, const
 void run_chunk(cpu::HeadGradient& g, const cpu::HeadSizes& sizes) {
   const cpu::Head& head = g.head;
   const int64_t panels = sizes.padded / sizes.panel_rows;
-  const auto tiles = RLIR_CPU_KERNEL_BF16(gradient_logits);
+  const auto tiles = RLIR_CPU_KERNEL_AMX(gradient_logits);
   for_tiles(head.rows, sizes.panel_rows, g.block_begin, g.block_end,
             [&](int64_t p0, int64_t p1, int64_t b0, int64_t b1) {
               const Scratch scratch(sizes.scratch);
               tiles(g, p0, p1, b0, b1, scratch.get());
             });
   if (g.grad_hidden != nullptr) {
-    const auto transpose = RLIR_CPU_KERNEL_BF16(gradient_weight_t);
+    const auto transpose = RLIR_CPU_KERNEL_AMX(gradient_weight_t);
     torch::stable::parallel_for(0, head.depth, 128,
                                 [&](int64_t begin, int64_t end) { transpose(g, begin, end); });
     // Many rows: a thread keeps its panels. Few: threads share h as well.
     const int64_t steps = (head.depth + cpu::kHeadStep - 1) / cpu::kHeadStep;
     const int64_t parts =
         panels >= 8 * static_cast<int64_t>(torch::stable::get_num_threads()) ? 1 : steps;
-    const auto product = RLIR_CPU_KERNEL_BF16(gradient_hidden);
+    const auto product = RLIR_CPU_KERNEL_AMX(gradient_hidden);
     torch::stable::parallel_for(0, panels * parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t panel = i / parts, part = i % parts;
@@ -49,7 +49,7 @@ void run_chunk(cpu::HeadGradient& g, const cpu::HeadSizes& sizes) {
     g.first = false;
   }
   if (g.grad_weight != nullptr) {
-    const auto product = RLIR_CPU_KERNEL_BF16(gradient_weight);
+    const auto product = RLIR_CPU_KERNEL_AMX(gradient_weight);
     const int64_t blocks = g.block_end - g.block_begin;
     torch::stable::parallel_for(
         0, sizes.weight_panels * blocks, 1, [&](int64_t begin, int64_t end) {
@@ -63,7 +63,7 @@ void run_chunk(cpu::HeadGradient& g, const cpu::HeadSizes& sizes) {
   if (g.grad_bias != nullptr) {
     const int64_t start = g.block_begin * cpu::kHeadBlock;
     const int64_t end = std::min(head.high, g.block_end * cpu::kHeadBlock) - start;
-    RLIR_CPU_KERNEL_BF16(gradient_bias)(g, std::max<int64_t>(0, head.low - start), end);
+    RLIR_CPU_KERNEL_AMX(gradient_bias)(g, std::max<int64_t>(0, head.low - start), end);
   }
 }
 
@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor> selected_logprob_backward_cpu(
   head.stats = const_cast<float*>(stats.const_data_ptr<float>());
   head.entropy = grad_entropy ? const_cast<float*>(entropy.const_data_ptr<float>()) : nullptr;
 
-  const cpu::HeadSizes sizes = RLIR_CPU_KERNEL_BF16(head_sizes)(head);
+  const cpu::HeadSizes sizes = RLIR_CPU_KERNEL_AMX(head_sizes)(head);
   const int64_t panels = sizes.padded / sizes.panel_rows;
   const int64_t per_block = sizes.chunk_panels + sizes.chunk_rows;
   const int64_t chunk = std::clamp<int64_t>(kChunkBytes / per_block, 1, 8);
@@ -121,11 +121,11 @@ std::tuple<Tensor, Tensor, Tensor> selected_logprob_backward_cpu(
   g.grad_panels = grad_panels.get<float>();
   g.bias_sums = need_bias ? bias_sums.get<float>() : nullptr;
 
-  const auto pack = RLIR_CPU_KERNEL_BF16(head_pack);
+  const auto pack = RLIR_CPU_KERNEL_AMX(head_pack);
   torch::stable::parallel_for(0, panels, 4,
                               [&](int64_t begin, int64_t end) { pack(g.head, begin, end); });
   if (need_weight) {
-    const auto lanes = RLIR_CPU_KERNEL_BF16(gradient_lanes);
+    const auto lanes = RLIR_CPU_KERNEL_AMX(gradient_lanes);
     torch::stable::parallel_for(0, sizes.weight_panels, 1,
                                 [&](int64_t begin, int64_t end) { lanes(g, begin, end); });
   }
@@ -135,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor> selected_logprob_backward_cpu(
     run_chunk(g, sizes);
   }
   if (need_hidden) {
-    const auto rows = RLIR_CPU_KERNEL_BF16(gradient_rows);
+    const auto rows = RLIR_CPU_KERNEL_AMX(gradient_rows);
     torch::stable::parallel_for(0, panels, 4,
                                 [&](int64_t begin, int64_t end) { rows(g, begin, end); });
   }

@@ -1,4 +1,5 @@
-// rlir::_decoder_stem: the stem of all rollouts of a frame. Formula: cpu/stem.h.
+// rlir::_decoder_stem: the stem of all rollouts of a frame; rlir::_stem_saved: the same and what
+// its gradients need (rlir/models/stem.py). Formula: cpu/stem.h.
 #include "cpu/stem.h"
 
 #include <torch/csrc/stable/library.h>
@@ -13,8 +14,8 @@ namespace {
 
 // Weights in the order of cpu/stem.h; sizes: rows, columns, embedding, channels, blocks, hidden,
 // input_width, block_width, codes, vocabulary of actions, bfloat16.
-void decoder_stem_cpu(const std::vector<Tensor>& w, const std::vector<int64_t>& n,
-                      const Tensor& previous, const Tensor& blocks, const Tensor& out) {
+void run(const std::vector<Tensor>& w, const std::vector<int64_t>& n, const Tensor& previous,
+         const Tensor& blocks, const Tensor& out, const Tensor* saved) {
   RLIR_CHECK(w.size() == 8 && n.size() == 11,
              "decoder: a stem must have 8 weights and 11 sizes, "
              "got ",
@@ -54,15 +55,29 @@ void decoder_stem_cpu(const std::vector<Tensor>& w, const std::vector<int64_t>& 
   check_below("blocks", tokens, b * m.action, n[9]);
   floats("stem", out, b * count * m.hidden);
   float* to = out.mutable_data_ptr<float>();
+  const int64_t kept = (m.blocks + 1) * 2 * count * channels;
+  if (saved != nullptr) floats("saved", *saved, b * kept);
+  float* keep = saved == nullptr ? nullptr : saved->mutable_data_ptr<float>();
   const auto rollout = RLIR_CPU_KERNEL_BF16(stem_rollout);
   const int64_t bytes = RLIR_CPU_KERNEL_BF16(stem_scratch)(m);
   torch::stable::parallel_for(0, b, 1, [&](int64_t begin, int64_t end) {
     const Scratch scratch(bytes);
     for (int64_t i = begin; i < end; ++i) {
       rollout(m, codes + i * count, tokens + i * m.action, to + i * count * m.hidden,
-              scratch.get());
+              keep == nullptr ? nullptr : keep + i * kept, scratch.get());
     }
   });
+}
+
+void decoder_stem_cpu(const std::vector<Tensor>& w, const std::vector<int64_t>& n,
+                      const Tensor& previous, const Tensor& blocks, const Tensor& out) {
+  run(w, n, previous, blocks, out, nullptr);
+}
+
+void stem_saved_cpu(const std::vector<Tensor>& w, const std::vector<int64_t>& n,
+                    const Tensor& previous, const Tensor& blocks, const Tensor& out,
+                    const Tensor& saved) {
+  run(w, n, previous, blocks, out, &saved);
 }
 
 }  // namespace
@@ -71,8 +86,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rlir, m) {
   m.def(
       "_decoder_stem(Tensor[] weights, int[] sizes, Tensor previous, Tensor blocks, "
       "Tensor(a!) out) -> ()");
+  m.def(
+      "_stem_saved(Tensor[] weights, int[] sizes, Tensor previous, Tensor blocks, Tensor(a!) out, "
+      "Tensor(b!) saved) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(rlir, CPU, m) { m.impl("_decoder_stem", TORCH_BOX(&decoder_stem_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(rlir, CPU, m) {
+  m.impl("_decoder_stem", TORCH_BOX(&decoder_stem_cpu));
+  m.impl("_stem_saved", TORCH_BOX(&stem_saved_cpu));
+}
 
 }  // namespace rlir

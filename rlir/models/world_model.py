@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from rlir.actions.space import action_space
 from rlir.errors import InputError
-from rlir.ops import rms_norm, swiglu
+from rlir.models.stem import engine_stem
+from rlir.ops import causal, embedding, linear, rms_norm, rotary, swiglu, video_attention
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,12 @@ class WorldModelConfig:
         return self.tokens + (self.frames - 1) * self.block
 
 
+def operand_dtype(weight: Tensor) -> torch.dtype:
+    """Of the operands of products: bfloat16 under autocast, else the weights'."""
+    autocast = weight.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    return torch.bfloat16 if autocast else weight.dtype
+
+
 def rotary_table(config: WorldModelConfig) -> Tensor:
     """cos and sin of every position and channel pair, float32 [2, positions, head_dim]."""
     dim = config.hidden // config.heads
@@ -102,16 +109,8 @@ def rotary_table(config: WorldModelConfig) -> Tensor:
     return torch.stack([angle.cos(), angle.sin()]).float()
 
 
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotary embedding of x [B, H, T, d] with table [2, T, d]."""
-    half = x.shape[-1] // 2
-    turned = torch.cat([-x[..., half:], x[..., :half]], -1)
-    cos, sin = table.to(x.dtype)
-    return x * cos + turned * sin
-
-
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, in the dtype of x."""
+    """x / sqrt(mean(x^2) + eps) * weight, in the operands' dtype."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -119,29 +118,19 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        dtype = operand_dtype(self.weight)
+        return rms_norm(x, self.weight.to(dtype), self.eps, dtype=dtype)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, rows: int = 128) -> Tensor:
-    """Softmax(q k^T / sqrt(d)) v, causal: q [B, H, T, d], k and v [B, Hkv, T, d] -> [B, H, T, d].
+class Projection(nn.Linear):
+    """A linear layer without bias. Operands are of their dtype, sums and results float32."""
 
-    Plain batched products, ``rows`` queries at a time over the keys that they see; heads that
-    share keys go through one product. For clips of a few hundred tokens this takes a fraction of
-    the time of torch's CPU kernel (benchmarks/bench_training_attention.py).
-    """
-    b, heads, t, d = q.shape
-    n = k.shape[1]
-    k, v = k.reshape(b * n, t, d), v.reshape(b * n, t, d)
-    q = (q * d**-0.5).reshape(b * n, heads // n, t, d)
-    out = []
-    for begin in range(0, t, rows):
-        part = q[:, :, begin : begin + rows]
-        count, seen = part.shape[2], begin + part.shape[2]
-        hidden = torch.full((count, seen), -torch.inf, dtype=q.dtype).triu_(begin + 1)
-        scores = torch.bmm(part.flatten(1, 2), k[:, :seen].transpose(1, 2))
-        weights = (scores.unflatten(1, (-1, count)) + hidden).softmax(-1)
-        out.append(torch.bmm(weights.flatten(1, 2), v[:, :seen]).unflatten(1, (-1, count)))
-    return torch.cat(out, 2).view(b, heads, t, d)
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = operand_dtype(self.weight)
+        return linear(x.to(dtype), self.weight, dtype=torch.float32)
 
 
 class Attention(nn.Module):
@@ -152,39 +141,37 @@ class Attention(nn.Module):
         self.heads, self.kv_heads = config.heads, config.kv_heads
         self.dim = config.hidden // config.heads
         width = (config.heads + 2 * config.kv_heads) * self.dim
-        self.qkv_proj = nn.Linear(config.hidden, width, bias=False)
-        self.o_proj = nn.Linear(config.hidden, config.hidden, bias=False)
+        self.qkv_proj = Projection(config.hidden, width)
+        self.o_proj = Projection(config.hidden, config.hidden)
 
     def project(self, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated q [B, H, T, d], rotated k and plain v [B, Hkv, T, d]."""
-        b, t, _ = x.shape
-        qkv = self.qkv_proj(x).view(b, t, -1, self.dim).transpose(1, 2)
-        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], 1)
-        q, k = rotate(qk, table).split([self.heads, self.kv_heads], 1)
-        return q, k, v
-
-    def merge(self, out: Tensor) -> Tensor:
-        merged: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
-        return merged
+        """Rotated q [B, T, H, d], rotated k and plain v [B, T, Hkv, d], in the operands' dtype."""
+        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.dim))
+        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], 2)
+        dtype = operand_dtype(self.qkv_proj.weight)
+        q, k = rotary(qk, *table).to(dtype).split([self.heads, self.kv_heads], 2)
+        return q, k, v.to(dtype)
 
     def forward(self, x: Tensor, table: Tensor) -> Tensor:
-        return self.merge(causal_attention(*self.project(x, table)))
+        out = video_attention(*self.project(x, table), mask=causal())
+        merged: Tensor = self.o_proj(out.flatten(2))
+        return merged
 
 
 class Layer(nn.Module):
-    """Pre-norm attention and a SiLU-gated MLP."""
+    """Pre-norm attention and a SiLU-gated MLP. The residual stream is float32."""
 
     def __init__(self, config: WorldModelConfig):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden, config.norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden, config.norm_eps)
-        self.gate_up_proj = nn.Linear(config.hidden, 2 * config.mlp, bias=False)
-        self.down_proj = nn.Linear(config.mlp, config.hidden, bias=False)
+        self.gate_up_proj = Projection(config.hidden, 2 * config.mlp)
+        self.down_proj = Projection(config.mlp, config.hidden)
 
     def mlp(self, x: Tensor) -> Tensor:
         gate_up = self.gate_up_proj(self.post_attention_layernorm(x))
-        out: Tensor = self.down_proj(swiglu(gate_up))
+        out: Tensor = self.down_proj(swiglu(gate_up, dtype=operand_dtype(self.down_proj.weight)))
         return out
 
     def forward(self, x: Tensor, table: Tensor) -> Tensor:
@@ -229,14 +216,15 @@ class WorldModel(nn.Module):
     def __init__(self, config: WorldModelConfig):
         super().__init__()
         self.config = config
-        self.action_tokens = action_space(config.space).block_tokens
-        vocabulary = config.codes + action_space(config.space).vocabulary
+        space = action_space(config.space)
+        self.action_tokens = space.block_tokens
+        vocabulary = config.codes + space.vocabulary
         self.embed_tokens = nn.Embedding(vocabulary, config.hidden)
         self.embed_slots = nn.Embedding(config.block, config.hidden)
         self.stem = Stem(config)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.norm_eps)
-        self.lm_head = nn.Linear(config.hidden, config.codes, bias=False)
+        self.lm_head = Projection(config.hidden, config.codes)
         self.register_buffer("rotary", rotary_table(config), persistent=False)
         self._initialise()
 
@@ -289,9 +277,11 @@ class WorldModel(nn.Module):
         return (torch.arange(start, start + count) + self.action_tokens) % self.config.block
 
     def embed(self, ids: Tensor, start: int) -> Tensor:
-        """Embeddings of ids [B, T] that stand at stream positions start.. ."""
-        out: Tensor = self.embed_tokens(ids) + self.embed_slots(self.slots(start, ids.shape[1]))
-        return out
+        """Embeddings float32 of ids [B, T] that stand at stream positions start.. ."""
+        slots = self.slots(start, ids.shape[1])
+        dtype = operand_dtype(self.embed_tokens.weight)
+        tokens = embedding(ids, self.embed_tokens.weight, dtype=dtype)
+        return tokens.float() + embedding(slots, self.embed_slots.weight, dtype=dtype).float()
 
     def hidden(self, codes: Tensor, actions: Tensor) -> Tensor:
         """Final hidden states that predict the visual tokens of frames 1.., [B, L - 1, S, D]."""
@@ -299,12 +289,11 @@ class WorldModel(nn.Module):
         a, block = self.action_tokens, self.config.block
         ids = self.stream(codes, actions)[:, :-1]
         x = self.embed(ids, 0)
-        stem = self.stem(codes[:, :-1].flatten(0, 1), actions.flatten(0, 1))
+        dtype = operand_dtype(self.embed_tokens.weight)
+        stem = engine_stem(self.stem, codes[:, :-1].flatten(0, 1), actions.flatten(0, 1), dtype)
         # The hidden state at the last action token predicts slot 0, that at slot i slot i + 1.
         padded = F.pad(stem.unflatten(0, (b, length - 1)), (0, 0, a - 1, 1))
-        x = x + F.pad(padded.flatten(1, 2), (0, 0, s, 0))[:, : ids.shape[1]].to(x.dtype)
-        if torch.is_autocast_enabled("cpu"):
-            x = x.bfloat16()
+        x = x + F.pad(padded.flatten(1, 2), (0, 0, s, 0))[:, : ids.shape[1]]
         table = self.rotary[:, : x.shape[1]]
         for layer in self.layers:
             x = layer(x, table)
@@ -314,4 +303,5 @@ class WorldModel(nn.Module):
 
     def forward(self, codes: Tensor, actions: Tensor) -> Tensor:
         """Logits float32 [B, L - 1, S, V] of the visual tokens of frames 1.. ."""
-        return self.lm_head(self.hidden(codes, actions)).float()
+        logits: Tensor = self.lm_head(self.hidden(codes, actions))
+        return logits

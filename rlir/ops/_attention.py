@@ -14,12 +14,16 @@ from rlir.errors import InputError
 from rlir.ops._masks import Mask
 
 HEAD_SIZES = (32, 64, 128)
-"""What the kernels take; others run the reference."""
+"""D of the CUDA kernels."""
+LARGEST_HEAD = 256
+"""D of the CPU kernels goes up to here. Others run the reference."""
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
 def runs_reference(q: Tensor) -> bool:
-    return not _library.has_kernels(q) or q.dtype not in _DTYPES or q.shape[-1] not in HEAD_SIZES
+    size = q.shape[-1]
+    known = 1 <= size <= LARGEST_HEAD if q.device.type == "cpu" else size in HEAD_SIZES
+    return not _library.has_kernels(q) or q.dtype not in _DTYPES or not known
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -45,7 +45,7 @@ def group_attention(
     Args:
         q_prefix: [B, P, Hq, D]; k_prefix, v_prefix: [B, P, Hkv, D]; P may be 0.
         q_suffix: [B G, S, Hq, D], G = ``group_size``; k_suffix, v_suffix: [B G, S, Hkv, D]; S may
-            be 0. float32 or bfloat16, D of 32, 64 or 128, any strides. (Other sizes, float64 and
+            be 0. float32 or bfloat16, D up to 256, any strides. (Other sizes, float64 and
             float16 run the reference.)
         mask: as in ``video_attention``. The prefix does not see its suffixes, whatever it is: under
             ``frame_causal`` it should end with a frame.

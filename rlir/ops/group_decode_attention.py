@@ -48,7 +48,7 @@ def group_decode_attention(
     then the suffix's: suffix slot j has position prefix_length + j.
 
     Args:
-        q: [B G, Tq, Hq, D], G = ``group_size``. float32 or bfloat16, D of 32, 64 or 128, any
+        q: [B G, Tq, Hq, D], G = ``group_size``. float32 or bfloat16, D up to 256, any
             strides. (Other sizes, float64 and float16 run the reference.) Several queries of a
             rollout go through together, as diagonal decoding has them.
         prefix_k, prefix_v: [B, P, Hkv, D], once a group; P may be 0.

@@ -62,6 +62,14 @@ def linear_reference(
     return _reference(x, weight, bias, dtype)
 
 
+def linear_gradients(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dweight and the float32 dbias of ``linear``, by the kernels: [N, ...] each."""
+    out: tuple[Tensor, Tensor, Tensor] = torch.ops.rlir.linear_backward.default(
+        grad, x, weight, need_x=True, need_weight=True, need_bias=True
+    )
+    return out
+
+
 def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     weight = weight.to(x.dtype)
     if x.device.type == "cpu" and x.dtype != torch.float64:

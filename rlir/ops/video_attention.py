@@ -76,7 +76,7 @@ def video_attention(
 
     Args:
         q: [B, Tq, Hq, D]; k, v: [B, Tk, Hkv, D], Hq a multiple of Hkv: query head h reads key head
-            h // (Hq / Hkv). float32 or bfloat16, D of 32, 64 or 128, with any strides. (Other
+            h // (Hq / Hkv). float32 or bfloat16, D up to 256, with any strides. (Other
             sizes, float64 and float16 run the reference.) Key slot j is position j of the stream.
         mask: ``causal()``, ``frame_causal(...)`` or ``diagonal(...)``.
         scale: of the scores, > 0; 1 / sqrt(D) if None.

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlir import _library
 from rlir.errors import InputError
+from rlir.models.stem import packed_stem
 from rlir.models.world_model import WorldModel
 from rlir.rollout import loop
 from rlir.rollout.loop import (
@@ -50,36 +51,6 @@ def _padded(x: Tensor) -> Tensor:
 def _pack(matrices: Sequence[Tensor], rounds: bool) -> Tensor:
     """Matrices of one shape in the panels of csrc/cpu/product.h."""
     return torch.ops.rlir._decoder_pack.default(torch.stack(list(matrices)), rounds)
-
-
-def _pack_stem(policy: WorldModel, rounds: bool) -> _Packed:
-    stem, config = policy.stem, policy.config
-    convolutions = [x for x in stem.blocks if isinstance(x, nn.Conv2d)]
-
-    def kernels(of: list[nn.Conv2d]) -> Tensor:
-        """A matrix [channels, width * inputs padded] for each row of each kernel."""
-        parts = [x.weight.permute(2, 0, 3, 1) for x in of]
-        rows = [F.pad(x, (0, -x.shape[-1] % 16)).flatten(2) for x in parts]
-        none = stem.output.weight.new_empty(0, config.stem_channels, 16)  # a stem without blocks
-        return torch.ops.rlir._decoder_pack.default(torch.cat(rows) if rows else none, rounds)
-
-    film = stem.action.weight.unflatten(1, (2 * (len(convolutions) + 1), -1))
-    biases = [x.bias for x in convolutions if x.bias is not None]
-    assert stem.input.bias is not None
-    weights = [
-        _padded(stem.embed.weight),
-        _padded(film),
-        kernels([stem.input]),
-        _padded(stem.input.bias),
-        kernels(convolutions),
-        _padded(torch.stack(biases) if biases else stem.input.bias.new_zeros(0, 16)),
-        _pack([F.pad(stem.output.weight, (0, -config.stem_channels % 16))], rounds),
-        _padded(stem.output.bias),
-    ]
-    widths = [stem.input.kernel_size[1], convolutions[0].kernel_size[1] if convolutions else 1]
-    sizes = [config.rows, config.columns, stem.embed.embedding_dim, config.stem_channels]
-    sizes += [len(convolutions), config.hidden, *widths, config.codes]
-    return _Packed(weights, [*sizes, stem.action.num_embeddings, int(rounds)])
 
 
 def _pack_decoder(policy: WorldModel, rounds: bool) -> _Packed:
@@ -123,7 +94,7 @@ class RolloutEngine:
         with torch.inference_mode():
             if self.native:
                 self._packed = _pack_decoder(self.policy, dtype == torch.bfloat16)
-                self._stem = _pack_stem(self.policy, dtype == torch.bfloat16)
+                self._stem = _Packed(*packed_stem(self.policy.stem, dtype))
 
     def rollout(
         self,
@@ -194,7 +165,7 @@ class RolloutEngine:
         blocks = policy.action_ids(actions).repeat_interleave(group_size, 0)
         given = (self._packed.weights, self._packed.sizes, config.norm_eps)
         shared = self._cache(p, s)
-        own = self._cache(b, s % 2 + (length - 1) * config.block)
+        own = self._cache(b, (length - 1) * config.block)
         with span("rollout.prefill", p * s):
             ops._decoder_prefill.default(*given, prompts.contiguous(), *shared)
         rows = row_numbers(b, row_ids)

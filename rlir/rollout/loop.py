@@ -75,11 +75,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _layer(layer: Layer, x: Tensor, table: Tensor, cache: Cache, start: int) -> Tensor:
     attention = layer.self_attn
-    q, k, v = attention.project(layer.input_layernorm(x), table)
+    q, k, v = (part.transpose(1, 2) for part in attention.project(layer.input_layernorm(x), table))
     end = start + x.shape[1]
     cache.k[:, :, start:end] = k.flatten(0, 1).transpose(1, 2)
     cache.v[:, start:end] = v.flatten(0, 1)
-    x = x + attention.merge(_attend(q, cache.k[:, :, :end], cache.v[:, :end]))
+    out = _attend(q, cache.k[:, :, :end], cache.v[:, :end])
+    x = x + attention.o_proj(out.transpose(1, 2).flatten(2))
     return x + layer.mlp(x)
 
 

@@ -53,6 +53,18 @@ def test_kernels_share_no_symbols_between_instruction_sets(built: Built) -> None
             assert name.startswith(f"rlir::cpu::{isa[1]}::"), f"{path.name}: {line}"
 
 
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump (binutils) is not installed")
+def test_only_the_build_for_amx_has_tiles(built: Built) -> None:
+    objects = sorted(built.build.glob("CMakeFiles/rlir_cpu_*.dir/csrc/cpu/*.o"))
+    assert objects
+    for path in objects:
+        objdump = ["objdump", "--disassemble", "--no-show-raw-insn", str(path)]
+        listing = subprocess.run(objdump, capture_output=True, text=True, check=True).stdout
+        found = set(re.findall(r"\t(tdpbf16ps|tile\w+|ldtilecfg)\b", listing))
+        wanted = {"ldtilecfg", "tileloadd", "tilezero", "tdpbf16ps", "tilestored", "tilerelease"}
+        assert found == (wanted if "rlir_cpu_amx.dir" in str(path) else set()), path
+
+
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf (binutils) is not installed")
 def test_libraries_hold_no_paths_of_this_machine(built: Built) -> None:
     libraries = sorted((built.site / "rlir").glob("*.so"))

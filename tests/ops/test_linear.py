@@ -13,7 +13,7 @@ from testkit import examples
 from torch import Tensor
 
 from rlir.errors import InputError
-from rlir.ops import linear, linear_reference
+from rlir.ops import head_logits, linear, linear_reference
 
 backends = backends_of(linear, linear_reference)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -137,19 +137,15 @@ def test_any_shape(
     compare(Backend(f"cpu-{isa}", linear), (x, weight, bias), grad)
 
 
+@pytest.mark.parametrize("isa", instruction_sets())
 @dtypes
-def test_has_the_bits_of_the_rollout_engine(dtype: torch.dtype) -> None:
-    """The engine's head: logits of a product with a packed weight (csrc/cpu/decoder.cpp)."""
-    from rlir.models.world_model import WorldModel, WorldModelConfig
-    from rlir.ops import head_logits, rms_norm
-
-    config = WorldModelConfig(codes=70, rows=2, columns=3, frames=3, hidden=48, layers=1, heads=2)
-    torch.manual_seed(0)
-    model = WorldModel(config)
-    x = normal(23, 48)
-    h = rms_norm(x, model.norm.weight, config.norm_eps, dtype=dtype)
-    got = linear(h, model.lm_head.weight, dtype=torch.float32)
-    assert got.equal(head_logits(h, model.lm_head.weight.to(dtype)))
+@pytest.mark.parametrize("rows", [3, 70])
+def test_has_the_bits_of_the_rollout_engine(rows: int, dtype: torch.dtype, isa: str) -> None:
+    """Whose products are those of head_logits: the same header, packed by other code."""
+    h, weight = normal(rows, 301, dtype=dtype), normal(70, 301, seed=1)
+    with instruction_set(isa):
+        got = linear(h, weight, dtype=torch.float32)
+        assert got.equal(head_logits(h, weight.to(dtype)))
 
 
 def test_bits_do_not_depend_on_instruction_set_or_threads() -> None:

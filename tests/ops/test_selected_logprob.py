@@ -7,10 +7,10 @@ import math
 
 import pytest
 import torch
-from backends import Backend, backends_of, instruction_sets
+from backends import Backend, backends_of, instruction_sets, native_backends, parameter
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from isas import assert_same_bits_everywhere
+from isas import assert_amx_has_the_bits, assert_same_bits_everywhere
 from selected_logprob_cases import (
     BF16,
     DTYPES,
@@ -18,6 +18,7 @@ from selected_logprob_cases import (
     Inputs,
     assert_all_close,
     assert_close,
+    digests,
     inputs,
     jittered,
     outputs,
@@ -38,11 +39,13 @@ from rlir.ops import (
     unpack_support,
 )
 
-CPU = Backend(f"cpu-{instruction_sets()[-1]}", selected_logprob)
+CPU = Backend(f"cpu-{[isa for isa in instruction_sets() if isa != 'amx'][-1]}", selected_logprob)
 CHECKED = Backend("emu-checked", selected_logprob)
 NAMES = ("logprob", "entropy", "d_hidden", "d_weight", "d_bias")
 
 backends = backends_of(selected_logprob, selected_logprob_reference)
+native = native_backends(selected_logprob)
+native_and_checked = pytest.mark.parametrize("op", [*native, parameter(CHECKED)])
 cuda_backends = backends_of(
     selected_logprob,
     selected_logprob_reference,
@@ -111,6 +114,7 @@ def test_support_matches_float64(op: Backend, dtypes: tuple) -> None:
     check_against_float64(op, x, **both)
 
 
+@pytest.mark.parametrize("op", native)
 @settings(max_examples=examples(60), deadline=None, derandomize=not FULL)
 @given(
     n=st.integers(0, 60),
@@ -121,7 +125,7 @@ def test_support_matches_float64(op: Backend, dtypes: tuple) -> None:
     data=st.data(),
 )
 def test_any_shape(
-    n: int, h: int, v: int, name: str, temperature: float, data: st.DataObject
+    op: Backend, n: int, h: int, v: int, name: str, temperature: float, data: st.DataObject
 ) -> None:
     low = data.draw(st.integers(0, v - 1))
     high = data.draw(st.integers(low + 1, v))
@@ -132,7 +136,7 @@ def test_any_shape(
         if support:
             x.options["support"] = random_support(x, n)
     options: dict = {"temperature": temperature, "vocab_range": (low, high)}
-    check_against_float64(CPU, *cases, bias=data.draw(st.booleans()), **options)
+    check_against_float64(op, *cases, bias=data.draw(st.booleans()), **options)
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)
@@ -304,7 +308,7 @@ def test_truncation_is_that_of_its_support(op: Backend, options: dict) -> None:
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("op", [CPU, Backend("emu", selected_logprob)], ids=lambda op: op.name)
+@pytest.mark.parametrize("op", [*native, parameter(Backend("emu", selected_logprob))])
 @dtypes
 @pytest.mark.parametrize("temperature", [1.0, 0.73])
 def test_scores_are_the_samplers_bit_for_bit(
@@ -347,7 +351,7 @@ def restrided(x: Tensor) -> list[Tensor]:
 
 
 @dtypes
-@pytest.mark.parametrize("op", [CPU, CHECKED], ids=lambda op: op.name)
+@native_and_checked
 def test_strides_do_not_matter(op: Backend, dtypes: tuple) -> None:
     x = inputs(21, 18, 270, dtypes)
     expected = outputs(op, x)
@@ -393,20 +397,23 @@ def test_empty(op: Backend) -> None:
 # --- The same bits -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("op", native)
 @dtypes
-def test_bits_do_not_depend_on_the_rest_of_the_batch(dtypes: tuple) -> None:
+def test_bits_do_not_depend_on_the_rest_of_the_batch(op: Backend, dtypes: tuple) -> None:
     x = inputs(401, 40, 530, dtypes)
-    logprob, entropy, d_hidden, *_ = outputs(selected_logprob, x, top_p=0.9)
-    logits = head_logits(x.hidden, x.weight)
+    logprob, entropy, d_hidden, *_ = outputs(op, x, top_p=0.9)
+    with op.active():
+        logits = head_logits(x.hidden, x.weight)
     for rows in (slice(0, 1), slice(47, 50), slice(120, 401), torch.randperm(401)[:33]):
         y = Inputs(
             x.hidden[rows], x.weight, x.targets[rows], x.bias, x.d_logprob[rows], x.d_entropy[rows]
         )
-        part = outputs(selected_logprob, y, top_p=0.9)
+        part = outputs(op, y, top_p=0.9)
         assert part[0].equal(logprob[rows])
         assert part[1].equal(entropy[rows])
         assert part[2].equal(d_hidden[rows])
-        assert head_logits(y.hidden, y.weight).equal(logits[rows])
+        with op.active():
+            assert head_logits(y.hidden, y.weight).equal(logits[rows])
 
 
 @cuda_backends
@@ -455,13 +462,30 @@ def test_the_cuda_kernel_asserts_what_it_cannot_say(target: int) -> None:
 
 def test_bits_do_not_depend_on_instruction_set_or_threads() -> None:
     """Also in bfloat16, also through vdpbf16ps; with sample_tokens and head_logits."""
-    assert_same_bits_everywhere("selected_logprob_cases.py")
+    assert_same_bits_everywhere("selected_logprob_cases.py", "bfloat16 ")
+
+
+@pytest.mark.parametrize("op", native[1:])
+def test_bits_on_amx_do_not_depend_on_threads(op: Backend) -> None:
+    """They differ from the others' only where both operands are bfloat16."""
+    with CPU.active():
+        others = digests()
+    threads = torch.get_num_threads()
+    with op.active():
+        found = digests()
+        torch.set_num_threads(3)
+        try:
+            assert digests() == found
+        finally:
+            torch.set_num_threads(threads)
+    assert_amx_has_the_bits(found, others, "bfloat16 ")
+    assert found["bfloat16 0"] != others["bfloat16 0"]  # tiles did run
 
 
 # --- head_logits ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("op", [CPU, CHECKED], ids=lambda op: op.name)
+@native_and_checked
 @dtypes
 def test_head_logits(op: Backend, dtypes: tuple) -> None:
     for shape in ((1, 3, 2), (17, 600, 300), (50, 31, 257)):

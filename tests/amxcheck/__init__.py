@@ -1,0 +1,1 @@
+"""AMX kernels on machines without AMX: tile instructions in a handler of SIGILL."""

@@ -8,7 +8,6 @@ shared and with copied key heads (a mask tensor where the mask is not causal), a
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from attention_bench import Bench, bfloat16, both_ways, expanded, heads_first, sdpa

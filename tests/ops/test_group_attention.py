@@ -227,8 +227,8 @@ def test_strides_do_not_matter(op: Backend, dtype: torch.dtype, layout: str) -> 
         assert a.equal(b), name
 
 
-def test_other_dtypes_and_large_heads_run_the_reference() -> None:
-    for options in ({"dtype": torch.float64}, {"dtype": torch.float16}, {"d": 264}):
+def test_other_dtypes_and_head_sizes_run_the_reference() -> None:
+    for options in ({"dtype": torch.float64}, {"dtype": torch.float16}, {"d": 260}):
         g = group(1, 2, 9, 4, **options)
         got = group_attention(*g.tensors, group_size=2, mask=causal())
         want = group_attention_reference(*g.tensors, group_size=2, mask=causal())

@@ -142,7 +142,7 @@ def all_backends(op: Callable[..., Any], reference: Callable[..., Any]) -> list[
     found += [Backend(f"cpu-{isa}", op) for isa in instruction_sets() if isa != "amx"]
     if op.__name__ in amx.amx_ops():
         found.append(Backend("cpu-amx", op))
-    if op.__name__.rstrip("_") in cuda_ops():
+    if op.__name__.rstrip("_") in cuda_ops():  # a name that ends in _ writes in place
         found += [Backend(name, op) for name in ("emu", "emu-checked", "cuda")]
     return found
 

@@ -1,5 +1,6 @@
 // What the kernels of the attention ops are made of: panels of queries, blocks of keys. Formulas,
-// order and bits: cpu/video_attention.h. Formats are those of cpu/words.h.
+// order and bits: cpu/video_attention.h. Formats are those of cpu/words.h. One file, and a long
+// one: it is a panel's way from queries to results. By AMX: cpu/attention_tiles.h beside it.
 //
 // Internal linkage: compiled once per instruction set.
 #pragma once

@@ -4,7 +4,7 @@
 //
 // Here key slots are lanes, in cpu/attention.h queries are. Order and bits are the same
 // (cpu/video_attention.h): blocks of 128 absolute slots, online softmax, one chain over d and one
-// over the slots. So a rollout's bits are those of the training forward.
+// over the slots. So a rollout's bits are those of the training forward. By AMX: cpu/cache_tiles.h.
 //
 // Internal linkage: compiled once per instruction set.
 #pragma once

@@ -19,8 +19,9 @@
 // d; softmax and values run over blocks of 128 positions in the order of cpu/video_attention.h,
 // whose bits they have. The mean of squares goes to accumulator index mod 16 and folds as in
 // cpu/softmax.h. None of that depends on other rows, so a row's bits depend on its own past alone,
-// whatever the batch, the chunks, the threads and the instruction set. What was never written to a
-// cache is never used, not even times zero.
+// whatever the batch, the chunks, the threads and the instruction set (by AMX, bfloat16 has the
+// order of cpu/tiles.h and bits of its own). What was never written to a cache is never used, not
+// even times zero.
 #pragma once
 
 #include <stdint.h>

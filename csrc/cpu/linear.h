@@ -15,8 +15,8 @@
 //
 // Bits. An output is the chain of cpu/product.h over k, whatever the position in a panel, the
 // blocks and the threads; the bias is added last. Operands of a bfloat16 product are rounded as
-// cpu/words.h does it. These are the products of cpu/decoder.h. db: float32 sums of kLinearChain
-// rows, added up in order in float64.
+// cpu/words.h does it; by AMX their products have the order of cpu/tiles.h. These are the products
+// of cpu/decoder.h. db: float32 sums of kLinearChain rows, added up in order in float64.
 #pragma once
 
 #include <stdint.h>

@@ -25,7 +25,8 @@ Space space_of(const Stem& m) {
   s.x = s.later + image_words(m, m.block_width, m.channels);
   s.film = s.x + m.rows * m.columns * padded(m.channels);
   s.tile = s.film + (m.blocks + 1) * 2 * padded(m.channels);
-  s.row = s.tile + m.rows * round_up(m.columns, kRowPad) * kPanel + kRowPad * kPanel;
+  const int64_t width = m.input_width > m.block_width ? m.input_width : m.block_width;
+  s.row = s.tile + round_up(m.rows * (m.columns + width - 1), kRowPad) * kPanel;
   s.total = s.row + m.rows * m.columns * padded(m.channels);
   return s;
 }
@@ -40,27 +41,40 @@ Vf gelu(Vf x) {
   return splat(0.5f) * x * select(x < Vf{}, tail, splat(2.0f) - tail);
 }
 
-// Calls done(position, first, lanes, values) with `lanes` outputs of each position.
+// Calls done(position, first, lanes, values) with `lanes` outputs of each position. Tiles take
+// positions in order, across the image's lines: these are shorter than a few tiles.
 template <typename F, typename Done>
 void convolve(const Stem& m, const typename F::Word* image, int64_t width, int64_t channels,
               const typename F::Word* weight, float* c, const Done& done) {
   const int64_t depth = width * padded(channels), words = words_for<F>(depth);
   const int64_t pixel = row_words<F>(channels), line = (m.columns + width - 1) * pixel;
-  const int64_t each = round_up(m.columns, kRowPad) * kPanel;
-  const int64_t row_of_kernel = round_up(m.channels, kPanel) * words;
+  const int64_t row_of_kernel = round_up(m.channels, kPanel) * words, count = m.rows * m.columns;
+  // AMX's tiles want rows at one distance, and take what lies between two lines along.
+  const int64_t across = kTiled<F> ? m.columns + width - 1 : m.columns;
   for (int64_t first = 0; first < m.channels; first += kPanel) {
     const int64_t lanes = at_most(padded(m.channels - first), kPanel);
     for (int64_t dy = 0; dy < 3; ++dy) {
       const auto* panel = weight + dy * row_of_kernel + first * words;
-      for (int64_t y = 0; y < m.rows; ++y) {
-        panel_product<F>(c + y * each, image + (y + dy) * line, pixel, m.columns, panel, words,
-                         static_cast<int>(lanes), dy > 0);
+      if constexpr (kTiled<F>) {
+        panel_product<F>(c, image + dy * line, pixel, (m.rows - 1) * across + m.columns, panel,
+                         words, static_cast<int>(lanes), dy > 0);
+        continue;
+      }
+      for (int64_t at = 0; at < count; at += kRows) {
+        for (int64_t k = 0; k < words; k += kDepth) {
+          const typename F::Word* rows[kRows];
+          for (int i = 0; i < kRows; ++i) {  // past the end: the last again, into unused space
+            const int64_t position = at_most(at + i, count - 1);
+            const int64_t y = position / m.columns, x = position % m.columns;
+            rows[i] = image + (y + dy) * line + x * pixel + k;
+          }
+          tile<F>(static_cast<int>(lanes), c + at * kPanel, rows, panel + k * kPanel,
+                  at_most(kDepth, words - k), dy > 0 || k > 0, {nullptr, 0});
+        }
       }
     }
-    for (int64_t y = 0; y < m.rows; ++y) {
-      for (int64_t x = 0; x < m.columns; ++x) {
-        done(y * m.columns + x, first, lanes, c + y * each + x * kPanel);
-      }
+    for (int64_t i = 0; i < count; ++i) {
+      done(i, first, lanes, c + (i / m.columns * across + i % m.columns) * kPanel);
     }
   }
 }

@@ -25,13 +25,17 @@
 // suffix begins, on threads or the instruction set (bfloat16 without subnormals). All attention
 // ops share this order.
 //
+// In the amx build a bfloat16 call has the order of cpu/tiles.h instead: groups of 32 d, and of 32
+// slots from the start of a block. Its bits are of its own, and depend on as little.
+//
 // Backward: P = exp(s scale - lse), dP = dout v, dS = P (dP - delta), delta = sum_d dout out - dlse
 //
 //   dq = scale dS k    dk = scale dS^T q    dv = P^T dout
 //
 // P and dS are rounded to bfloat16 in a bfloat16 call; sums are float32. dq of a query is a chain
-// over the keys. dk and dv are chains over 48 lanes; the chains of a share of the queries are added
-// up in order, and then the shares. Shares depend on shapes and masks alone.
+// over the keys. dk and dv are chains over 48 lanes (by AMX of 32 and of 16); the chains of a share
+// of the queries are added up in order, and then the shares. Shares depend on shapes and masks
+// alone.
 #pragma once
 
 #include <stdint.h>

@@ -35,6 +35,10 @@ FAULTS = (
     *("policy_loss:WARP", "policy_loss:BARRIER"),
     *("selected_logprob:COPY_WAIT", "selected_logprob:COPY_BARRIER"),
     "selected_logprob_backward:TILE",
+    *("video_attention:COPY_WAIT", "video_attention:COPY_BARRIER"),
+    *("video_attention:WARP", "video_attention:MASK", "group_decode_attention:CHUNK"),
+    *("video_attention_backward:ROWS_BARRIER", "video_attention_backward:QUERIES_BARRIER"),
+    *("video_attention_backward:KEYS_BARRIER", "video_attention_backward:MASK"),
     *("group_advantage:TAIL", "group_advantage:WAIT", "group_advantage:BARRIER"),
 )
 """Faults that a kernel's own file can have planted (RLIR_FAULT_<name>), as "op:name"."""

@@ -173,15 +173,16 @@ def assert_2x(
     """The 2x rule for each output over all cases.
 
     On a few values a peer can be lucky: then what the truth of jittered inputs, ``moved``, is off
-    counts as well, four times.
+    counts as well, four times, and 32 ulps of the largest value of all: where one key is seen
+    its score's gradient is a difference of equal sums over a head.
     """
     for i, name in enumerate(names):
         ulp = torch.finfo(FLOAT).eps
         slack = 0.0
         for t, m in zip(truth, moved, strict=True):
             if few and t[i].numel():
-                far, size = (m[i] - t[i]).abs().max(), t[i].abs().max()
-                slack = max(slack, 4 * float(far) + 2 * ulp * float(size))
+                size = max(float(x.abs().max()) for x in t if x.numel())
+                slack = max(slack, 4 * float((m[i] - t[i]).abs().max()) + 32 * ulp * size)
         cases = [(a[i], b[i], c[i]) for a, b, c in zip(got, peer, truth, strict=True)]
         assert_all_close(cases, name, slack)
 

@@ -228,7 +228,7 @@ def test_strides_do_not_matter(op: Backend, dtype: torch.dtype, layout: str) -> 
 
 
 def test_other_dtypes_and_head_sizes_run_the_reference() -> None:
-    for options in ({"dtype": torch.float64}, {"dtype": torch.float16}, {"d": 24}):
+    for options in ({"dtype": torch.float64}, {"dtype": torch.float16}, {"d": 260}):
         g = group(1, 2, 9, 4, **options)
         got = group_attention(*g.tensors, group_size=2, mask=causal())
         want = group_attention_reference(*g.tensors, group_size=2, mask=causal())

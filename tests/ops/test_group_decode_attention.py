@@ -272,7 +272,7 @@ def test_strides_do_not_matter(op: Backend, dtype: torch.dtype, layout: str) -> 
 
 
 def test_other_dtypes_and_head_sizes_run_the_reference() -> None:
-    for options in ({"dtype": torch.float64}, {"dtype": torch.float16}, {"d": 24}):
+    for options in ({"dtype": torch.float64}, {"dtype": torch.float16}, {"d": 260}):
         x = step(1, 2, 1, 9, 4, **options)
         assert x.run(group_decode_attention).equal(x.run(group_decode_attention_reference))
 

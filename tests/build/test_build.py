@@ -53,10 +53,16 @@ def test_kernels_share_no_symbols_between_instruction_sets(built: Built) -> None
             assert name.startswith(f"rlir::cpu::{isa[1]}::"), f"{path.name}: {line}"
 
 
+PAIRS = ("avx512_bf16", "amx")
+"""Builds whose products take pairs of bfloat16: what one has through tiles, the other has too."""
+
+
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump (binutils) is not installed")
 def test_only_the_build_for_amx_has_tiles(built: Built) -> None:
     objects = sorted(built.build.glob("CMakeFiles/rlir_cpu_*.dir/csrc/cpu/*.o"))
     assert objects
+    names = {isa: {p.name for p in objects if f"rlir_cpu_{isa}.dir" in str(p)} for isa in PAIRS}
+    assert names["amx"] == names["avx512_bf16"]
     for path in objects:
         objdump = ["objdump", "--disassemble", "--no-show-raw-insn", str(path)]
         listing = subprocess.run(objdump, capture_output=True, text=True, check=True).stdout

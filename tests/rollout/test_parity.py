@@ -102,6 +102,16 @@ def test_on_amx_in_any_batch_and_on_any_number_of_threads() -> None:
             assert same(token_logprob(model, codes, blocks, 0.85), logprob)
 
 
+@needs_amx
+def test_on_amx_of_a_layer_as_wide_as_the_embedded_models() -> None:
+    """Beside the prompt one frame, which reaches into a second block of keys."""
+    config = load_world_model(EMBEDDED / "world-model").config
+    model = policy(dataclasses.replace(config, layers=1, frames=2))
+    with instruction_set("amx"):
+        codes, blocks, logprob = drawn(model, torch.bfloat16, 1, 2)
+        assert same(token_logprob(model, codes, blocks, 0.85), logprob)
+
+
 def test_of_the_embedded_model() -> None:
     model = load_world_model(EMBEDDED / "world-model")
     for dtype in DTYPES:

@@ -70,6 +70,8 @@ __device__ __forceinline__ Sight sight_of(const Attention& a, int64_t sequence, 
   int64_t position = keys - queries + token;
   if (a.positions != nullptr) {
     position = a.positions[sequence * a.position_batch + token * a.position_token];
+    RLIR_DEVICE_ASSERT(position >= 0 && position < INT32_MAX,
+                       "attention: q_positions must be from 0 and below 2^31");
   }
   const Reach r = reach_of(a.mask, position, keys);
   if (r.low >= r.high) return s;  // and so low and high are of keys

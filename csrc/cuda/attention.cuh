@@ -247,5 +247,21 @@ __device__ __forceinline__ Span over_warp(const Span& s) {
           __reduce_max_sync(kAllLanes, s.whole_low), __reduce_min_sync(kAllLanes, s.whole_high)};
 }
 
+constexpr int kChunkBlocks = 8;  // sums begin anew after as many (attention_tile.cuh)
+
+// Blocks `begin` to `end` of a tile, and the keys. It waits in shared memory: registers are full.
+struct Plan {
+  int begin, end;
+  KeyCount keys;
+};
+
+// Of the blocks from `begin` to `end`, those that rows with this span see.
+__device__ __forceinline__ Plan plan_of(const Attention& a, int64_t sequence, const Span& rows,
+                                        int begin, int end) {
+  const int low = static_cast<int>(rows.low) / kKeyBlock;  // beyond all if they see nothing
+  const int high = (static_cast<int>(rows.high) + kKeyBlock - 1) / kKeyBlock;
+  return {max(low, begin), min(high, end), keys_of(a, sequence)};
+}
+
 }  // namespace
 }  // namespace rlir::cuda

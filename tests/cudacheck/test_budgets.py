@@ -48,7 +48,7 @@ BUDGETS: dict[str, dict[str, Budget]] = {
     # Registers: a block of an attention kernel has sums, scores and queries in them.
     "group_decode_attention": {
         "chunk_kernel": Budget(threads=128, registers=250, blocks=1, dynamic=66768, has=ATTENTION),
-        "merge_kernel": Budget(threads=128, registers=40, blocks=12, has=(r"LDG\S*\.128",)),
+        "merge_kernel": Budget(threads=128, registers=48, blocks=10, has=(r"LDG\S*\.128",)),
     },
     "inverse_reward": {
         "reward_kernel": Budget(threads=128, registers=80, blocks=6, shared=2624),
@@ -75,7 +75,7 @@ BUDGETS: dict[str, dict[str, Budget]] = {
         "simt_kernel": Budget(threads=256, registers=128, blocks=1, dynamic=50176),
     },
     "video_attention_backward": {
-        "rows_kernel": Budget(threads=128, registers=64, blocks=8, shared=64),
+        "rows_kernel": Budget(threads=128, registers=64, blocks=8, shared=128),
         "queries_kernel": Budget(
             threads=128, registers=255, blocks=1, dynamic=65552, has=(*ATTENTION, r"STG\S*\.128")
         ),
@@ -95,12 +95,12 @@ BUDGETS: dict[str, dict[str, Budget]] = {
 """op -> kernel, without template arguments -> budget."""
 
 FORMS: dict[str, Budget] = {
-    # Heads of 32 and 64, which more blocks fit of. Tall tiles on sm_120 have its shared memory.
+    # Heads of 32 and 64, which more blocks fit of; with 64, shared memory of sm_120 has one.
     **{
         f"attend_kernel<{d}, {m}, {parts}>": Budget(
             threads=128,
             registers=registers,
-            blocks=1 if m == 2 and d == 64 else 2,
+            blocks=1 if d == 64 else 2,
             dynamic=attention_calls.tile_bytes(d, m, keeps=True),
             has=(*ATTENTION, r"STG\S*\.128"),
         )
@@ -120,7 +120,7 @@ FORMS: dict[str, Budget] = {
     **{
         f"queries_kernel<{d}, {parts}>": Budget(
             threads=128,
-            registers=240,
+            registers=248,
             blocks=2,
             dynamic=attention_calls.query_gradient_bytes(d),
             has=ATTENTION,

@@ -82,8 +82,8 @@ BUDGETS: dict[str, dict[str, Budget]] = {
         "keys_kernel": Budget(
             threads=128, registers=255, blocks=1, dynamic=67072, has=(*ATTENTION, r"STG\S*\.128")
         ),
-        "simt_queries_kernel": Budget(threads=256, registers=96, blocks=1, dynamic=75264),
-        "simt_keys_kernel": Budget(threads=256, registers=96, blocks=1, dynamic=75264),
+        "simt_queries_kernel": Budget(threads=256, registers=128, blocks=1, dynamic=75264),
+        "simt_keys_kernel": Budget(threads=256, registers=128, blocks=1, dynamic=75264),
     },
     "selected_logprob_backward": {
         "gradient_kernel": Budget(threads=256, registers=240, blocks=1, dynamic=98304),

@@ -1,7 +1,7 @@
 // A tile of queries against keys on tensor cores: FlashAttention-2. Four warps with 16 kM rows of
 // the tile each go through blocks of 64 keys that cp.async brings through two stages; scores,
 // probabilities and the output's sums stay in registers (mma.sync m16n8k16, whose sums are laid out
-// as its left operand).
+// as its left operand). A long file: a tile's loop and its state are one piece.
 //
 //   z' = s scale log2 e, m' = max(m, max z'), f = 2^(m - m'), e = bf16(2^(z' - m'))
 //   l  = l f + sum e,  acc = acc f + sum e v

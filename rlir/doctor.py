@@ -4,7 +4,7 @@ import importlib
 import os
 import platform
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -147,7 +147,7 @@ def _cpu_model() -> str:
 def _backends() -> list[Row]:
     section = "backends"
     reference = Row(section, "reference", "yes: plain PyTorch, on every device")
-    return [reference, _cpu(section), *_cuda(section), *_optional(section)]
+    return [reference, _cpu(section), *_cuda(section), *_optional(section), *_attention(section)]
 
 
 def _cpu(section: str) -> Row:
@@ -194,12 +194,64 @@ def _cuda_kernels(section: str) -> Row:
 
 
 def _optional(section: str) -> list[Row]:
-    wanted = (
-        ("flash-attn", "flash_attn", "pip install 'rlir[gpu]' on a machine with a CUDA torch"),
-        ("xformers", "xformers", "pip install 'rlir[gpu]' on a machine with a CUDA torch"),
-        ("nvtx", "nvtx", "pip install nvtx, for ranges in Nsight Systems"),
-    )
-    return [_package(section, *package) for package in wanted]
+    how = "pip install 'rlir[gpu]' on a machine with a CUDA torch"
+    rows = []
+    for name, module in (("flash-attn", "flash_attn"), ("xformers", "xformers")):
+        row = _package(section, name, module, how)
+        if row.works:
+            try:
+                from rlir.ops._attention_backends import problem_of
+
+                problem = problem_of(name)
+            except (ImportError, ValueError) as error:  # the native library: it has a row
+                problem = _reason(error)
+            if problem is not None:
+                row = Row(section, name, f"no: {name} {problem}", works=False)
+        serves = "video_attention's plain causal masks in bfloat16 on CUDA"
+        text = f"{row.value}; {'serves' if row.works else 'would serve'} {serves}"
+        rows.append(replace(row, value=text))
+    return [
+        *rows,
+        _package(section, "nvtx", "nvtx", "pip install nvtx, for ranges in Nsight Systems"),
+    ]
+
+
+def _attention(section: str) -> list[Row]:
+    """What computes a plain causal mask in bfloat16, on the CPU and on CUDA."""
+    try:
+        from rlir import _library
+        from rlir.ops import _attention_backends as attention
+        from rlir.ops import causal
+    except (ImportError, ValueError) as error:
+        names = ("attention on cpu", "attention on cuda")
+        return [Row(section, name, f"unknown: {_reason(error)}", works=False) for name in names]
+    chosen = attention.chosen()
+    built = {"cpu": _library.PATH is not None, "cuda": _library.CUDA is not None}
+    rows = []
+    for device, kernels in built.items():
+        name = f"attention on {device}"
+        if device == "cuda" and not torch.cuda.is_available():
+            text = f"no: torch sees no GPU; {chosen!r} is chosen"
+            rows.append(Row(section, name, text, works=False))
+            continue
+        libraries = attention.libraries_on(torch.device(device)) if device == "cuda" else ()
+        used = attention.decide(
+            *(chosen, libraries),
+            kernels=kernels,
+            device=device,
+            dtype=torch.bfloat16,
+            head_size=64,
+            mask=causal(),
+            plain=True,
+            gradients=True,
+            lse=False,
+        )
+        text = {"rlir": "rlir's kernels", "reference": "the plain PyTorch reference"}.get(
+            used, used
+        )
+        how = f" ({chosen!r} is chosen; rlir.ops.attention_backend)" if device == "cuda" else ""
+        rows.append(Row(section, name, f"{text}{how}"))
+    return rows
 
 
 def _package(section: str, name: str, module: str, how: str, required: bool = False) -> Row:

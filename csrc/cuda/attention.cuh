@@ -70,6 +70,8 @@ __device__ __forceinline__ Sight sight_of(const Attention& a, int64_t sequence, 
   int64_t position = keys - queries + token;
   if (a.positions != nullptr) {
     position = a.positions[sequence * a.position_batch + token * a.position_token];
+    RLIR_DEVICE_ASSERT(position >= 0 && position < INT32_MAX,
+                       "attention: q_positions must be from 0 and below 2^31");
   }
   const Reach r = reach_of(a.mask, position, keys);
   if (r.low >= r.high) return s;  // and so low and high are of keys
@@ -243,6 +245,22 @@ __device__ __forceinline__ void add(Span& span, const Sight& s) {
 __device__ __forceinline__ Span over_warp(const Span& s) {
   return {__reduce_min_sync(kAllLanes, s.low), __reduce_max_sync(kAllLanes, s.high),
           __reduce_max_sync(kAllLanes, s.whole_low), __reduce_min_sync(kAllLanes, s.whole_high)};
+}
+
+constexpr int kChunkBlocks = 8;  // sums begin anew after as many (attention_tile.cuh)
+
+// Blocks `begin` to `end` of a tile, and the keys. It waits in shared memory: registers are full.
+struct Plan {
+  int begin, end;
+  KeyCount keys;
+};
+
+// Of the blocks from `begin` to `end`, those that rows with this span see.
+__device__ __forceinline__ Plan plan_of(const Attention& a, int64_t sequence, const Span& rows,
+                                        int begin, int end) {
+  const int low = static_cast<int>(rows.low) / kKeyBlock;  // beyond all if they see nothing
+  const int high = (static_cast<int>(rows.high) + kKeyBlock - 1) / kKeyBlock;
+  return {max(low, begin), min(high, end), keys_of(a, sequence)};
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // Gradients in float32, by tiles of 32 rows of queries and 32 keys and 256 threads: a thread has
 // 2 x 2 scores and D / 8 sums of a column. Formulas and the order of kernels as on tensor cores
-// (video_attention_backward.cu); every sum is a chain over the rows or keys in order.
+// (video_attention_backward.cu); a sum is made of chains over 32 rows or keys, added up in order.
 #pragma once
 
 #include "core/exp2.h"
@@ -40,15 +40,18 @@ class SimtGradient {
       __syncthreads();
       scores(a, slot, keys.all);
       __syncthreads();
+      float chain[kSums] = {};
 #pragma unroll 1
       for (int key = 0; key < kSimtTile; ++key) {
         const float k = k_[key * kStride + column()];
 #pragma unroll
         for (int r = 0; r < kSums; ++r) {
           const float x = ds_[(first() + r) * kScoreStride + key];
-          dq[r] = x != 0.0f ? __fmaf_rn(x, k, dq[r]) : dq[r];
+          chain[r] = x != 0.0f ? __fmaf_rn(x, k, chain[r]) : chain[r];
         }
       }
+#pragma unroll
+      for (int r = 0; r < kSums; ++r) dq[r] = dq[r] + chain[r];
     }
 #pragma unroll
     for (int r = 0; r < kSums; ++r) {
@@ -87,6 +90,7 @@ class SimtGradient {
         __syncthreads();
         scores(in, slot, end);
         __syncthreads();
+        float k_chain[kSums] = {}, v_chain[kSums] = {};
 #pragma unroll 1
         for (int row = 0; row < kSimtTile; ++row) {
           const float q = q_[row * kStride + column()], grad = grad_[row * kStride + column()];
@@ -94,9 +98,14 @@ class SimtGradient {
           for (int i = 0; i < kSums; ++i) {
             const float p = p_[row * kScoreStride + first() + i];
             const float ds = ds_[row * kScoreStride + first() + i];
-            dv[i] = p != 0.0f ? __fmaf_rn(p, grad, dv[i]) : dv[i];
-            dk[i] = ds != 0.0f ? __fmaf_rn(ds, q, dk[i]) : dk[i];
+            v_chain[i] = p != 0.0f ? __fmaf_rn(p, grad, v_chain[i]) : v_chain[i];
+            k_chain[i] = ds != 0.0f ? __fmaf_rn(ds, q, k_chain[i]) : k_chain[i];
           }
+        }
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) {
+          dk[i] = dk[i] + k_chain[i];
+          dv[i] = dv[i] + v_chain[i];
         }
       }
     }

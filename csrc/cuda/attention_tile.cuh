@@ -1,7 +1,7 @@
 // A tile of queries against keys on tensor cores: FlashAttention-2. Four warps with 16 kM rows of
 // the tile each go through blocks of 64 keys that cp.async brings through two stages; scores,
 // probabilities and the output's sums stay in registers (mma.sync m16n8k16, whose sums are laid out
-// as its left operand).
+// as its left operand). A long file: a tile's loop and its state are one piece.
 //
 //   z' = s scale log2 e, m' = max(m, max z'), f = 2^(m - m'), e = bf16(2^(z' - m'))
 //   l  = l f + sum e,  acc = acc f + sum e v
@@ -17,6 +17,8 @@
 //
 // Keys that no row of a warp sees may hold anything, NaN as well: their scores are replaced, and
 // their values are read as zeros.
+//
+// The file is longer than others: the state of a tile is in registers, and so in one class.
 #pragma once
 
 #include "cuda/attention.cuh"
@@ -25,22 +27,6 @@ namespace rlir::cuda {
 namespace {
 
 constexpr uint32_t kOnes = 0x3f803f80u;  // two bf16
-
-constexpr int kChunkBlocks = 8;
-
-// Blocks `begin` to `end` of a tile, and the keys. It waits in shared memory: registers are full.
-struct Plan {
-  int begin, end;
-  KeyCount keys;
-};
-
-// Of the blocks from `begin` to `end`, those that rows with this span see.
-__device__ __forceinline__ Plan plan_of(const Attention& a, int64_t sequence, const Span& rows,
-                                        int begin, int end) {
-  const int low = static_cast<int>(rows.low) / kKeyBlock;  // beyond all if they see nothing
-  const int high = (static_cast<int>(rows.high) + kKeyBlock - 1) / kKeyBlock;
-  return {max(low, begin), min(high, end), keys_of(a, sequence)};
-}
 
 // kParts: of the keys. kKeeps: there may be more than a chunk.
 template <int D, int kM, int kParts, bool kKeeps>

@@ -16,7 +16,8 @@
 // its q and dout are read as zeros. So it is with keys.
 #include "cuda/video_attention_backward.cuh"
 
-#include "cuda/attention_gradient.cuh"
+#include "cuda/attention_gradient_keys.cuh"
+#include "cuda/attention_gradient_queries.cuh"
 #include "cuda/attention_gradient_simt.cuh"
 
 namespace rlir::cuda {

@@ -1,6 +1,7 @@
 """Ops: a public function, its plain PyTorch reference and native kernels under one name each."""
 
 from rlir.ops._action_heads import Actions
+from rlir.ops._attention_backends import attention_backend
 from rlir.ops._masks import Mask, causal, diagonal, frame_causal, visible
 from rlir.ops._support import pack_support, unpack_support
 from rlir.ops.decode_actions import decode_actions, decode_actions_reference
@@ -34,6 +35,7 @@ __all__ = [
     "FlowStep",
     "Mask",
     "PolicyLossStatistics",
+    "attention_backend",
     "causal",
     "decode_actions",
     "decode_actions_reference",

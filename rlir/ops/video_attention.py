@@ -17,9 +17,9 @@ from rlir.ops._attention import (
     check_mask,
     check_positions,
     check_shape,
-    runs_reference,
     scale_of,
 )
+from rlir.ops._attention_backends import attend_with, backend_of
 from rlir.ops._masks import Mask, visible
 from rlir.ops._support import input_error
 from rlir.tracing import traced
@@ -91,15 +91,17 @@ def video_attention(
         to q, k and v from either output, in their dtype. What no query sees has no influence, even
         if it is NaN. On the CPU the bits of a query depend on it and on what it sees: not on the
         batch, on which queries come together, or on threads; ``group_decode_attention`` and
-        ``group_attention`` give the same.
+        ``group_attention`` give the same. On CUDA ``attention_backend`` chooses what computes.
 
     Raises:
         InputError: (a ValueError) inputs that do not fit together, in one line.
     """
     scale = _check(q, k, v, mask, scale, q_positions, q_lengths, k_lengths)
-    if runs_reference(q):
+    bare = q_positions is None and q_lengths is None and k_lengths is None
+    backend = backend_of(q, k, v, mask, bare, return_lse)
+    if backend == "reference":
         out, lse = _reference(q, k, v, mask, scale, q_positions, q_lengths, k_lengths)
-    else:
+    elif backend == "rlir":
         try:
             out, lse = torch.ops.rlir.video_attention.default(
                 *(q, k, v, q_positions, q_lengths, k_lengths),
@@ -107,6 +109,8 @@ def video_attention(
             )
         except RuntimeError as error:
             raise input_error(_OP, error) from None
+    else:
+        return attend_with(backend, q, k, v, mask, scale, return_lse)
     return (out, lse) if return_lse else out
 
 

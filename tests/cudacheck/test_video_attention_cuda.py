@@ -162,7 +162,7 @@ def test_ptx_on_tensor_cores(name: str, arch: str) -> None:
         assert any(op.startswith(opcode) for op in machine.executed), opcode
 
 
-@pytest.mark.parametrize(("name", "arch"), zip(CASES, ARCHS * 2, strict=True))
+@pytest.mark.parametrize(("name", "arch"), list(zip(CASES, ARCHS * 2, strict=True)))
 def test_ptx_gives_the_bits_of_the_cpu_in_float32(name: str, arch: str) -> None:
     x = case(name, FLOAT)
     out, lse, _ = forward(x, toolkit.kernels(FORWARD, arch))
@@ -196,7 +196,7 @@ def test_chunks_join(d: int) -> None:
             got = video_attention(x.q, x.k, x.v, **x.options)
             one = video_attention(x.q[:, 4:5], x.k, x.v, mask=mask, q_positions=places[:, 4:5])
         assert one.equal(got[:, 4:5])
-        torch.testing.assert_close(got.float(), want, rtol=0, atol=6e-3)
+        torch.testing.assert_close(got.float(), want, rtol=0, atol=1.2e-2)
 
 
 @pytest.mark.parametrize("d", [32, 64, 128])
@@ -221,10 +221,14 @@ def test_accesses_are_without_conflicts(d: int) -> None:
     assert all(p.ratio <= 4.0 for p in shared), shared
 
 
-def test_lengths_that_cannot_be() -> None:
+def test_lengths_and_positions_that_cannot_be() -> None:
     for name, value in (("q_lengths", [3, 41]), ("k_lengths", [66, -1]), ("k_lengths", [67, 0])):
         x = inputs(2, 40, 66, dtype=BF16, mask=causal(), **{name: torch.tensor(value)})
         with emulated("checked"), pytest.raises(InputError, match="attention: lengths must be"):
+            video_attention(x.q, x.k, x.v, **x.options)
+    for dtype, position in ((BF16, -1), (FLOAT, 2**31)):
+        x = inputs(2, 1, 9, dtype=dtype, mask=causal(), q_positions=torch.tensor([position]))
+        with emulated("checked"), pytest.raises(InputError, match="q_positions must be from 0"):
             video_attention(x.q, x.k, x.v, **x.options)
 
 

@@ -144,13 +144,9 @@ void linear_bias(const Matrix& dy, int64_t rows, int64_t columns, float* db, int
                  int64_t end) {
   for (int64_t first = begin; first < end; first += kWidth) {
     double total[kWidth] = {};
-    for (int64_t n = 0; n < rows; n += kLinearChain) {
-      Vf sum = {};
-      const int64_t last = at_most(n + kLinearChain, rows);
-      for (int64_t row = n; row < last; ++row) {
-        sum += values_across(dy, first, columns, row, rows);
-      }
-      for (int i = 0; i < kWidth; ++i) total[i] += static_cast<double>(sum[i]);
+    for (int64_t row = 0; row < rows; ++row) {
+      const Vf values = values_across(dy, first, columns, row, rows);
+      for (int i = 0; i < kWidth; ++i) total[i] += static_cast<double>(values[i]);
     }
     const int64_t count = at_most(kWidth, columns - first);
     for (int64_t i = 0; i < count; ++i) db[first + i] = static_cast<float>(total[i]);

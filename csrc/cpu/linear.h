@@ -25,7 +25,6 @@
 
 namespace rlir::cpu {
 
-inline constexpr int64_t kLinearChain = 16;    // rows of a partial sum of db
 inline constexpr int64_t kLinearTurned = 48;   // at most so many x: one panel with AVX-512
 inline constexpr int64_t kLinearColumns = 64;  // of db, a task: whole cache lines
 

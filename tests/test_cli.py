@@ -138,7 +138,7 @@ WRONG = {
     "no data": ("pretrain tokenizer --preset doom-smoke --out x --data y", "y/train"),
     "no checkpoint": ("evaluate x --idm y --judge z", "x/tokenizer must hold config.json"),
     "no base": ("post-train doom-smoke --out x --base y --idm y --judge y", "y/tokenizer must"),
-    "words for the doctor": ("doctor heal", "takes no arguments, got heal"),
+    "words for the doctor": ("doctor heal", "Unrecognized options: heal"),
 }
 
 

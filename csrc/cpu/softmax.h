@@ -57,8 +57,8 @@ RLIR_ANYWHERE inline void join_block(float block_max, float max, float factor, f
   *u += static_cast<double>(factor) * (static_cast<double>(dot) + below * static_cast<double>(sum));
 }
 
-// Never -0, which z = -0 beside a maximum of 0 would give: which of the two the maximum is depends on
-// the order of comparisons.
+// Never -0, which z = -0 beside a maximum of 0 would give: which of the two the maximum is depends
+// on the order of comparisons.
 RLIR_ANYWHERE inline float row_logprob(float z, float max, double log_sum) {
   return static_cast<float>(((static_cast<double>(z) - static_cast<double>(max)) - log_sum) + 0.0);
 }

@@ -172,6 +172,14 @@ def test_both_zeros_are_one_value(op: Backend, options: dict) -> None:
     assert entropy.unique().numel() == 1
 
 
+@backends
+def test_a_log_probability_is_never_minus_zero(op: Backend) -> None:
+    """Whichever of 0 and -0 the maximum is taken to be."""
+    for x in ([[-0.0, 0.0, -0.0]], [[0.0, -0.0, -0.0]], [[-0.0, -0.0, 0.0]]):
+        _, logprob, _ = op(torch.tensor(x), top_k=1, seed=0, offset=0)
+        assert not logprob.signbit().any()
+
+
 @settings(max_examples=examples(80), deadline=None, derandomize=not FULL)
 @given(
     v=st.integers(1, 900),

@@ -9,6 +9,7 @@
 namespace rlir::cpu::RLIR_ISA {
 
 void embedding(const Embedding& a, int64_t begin, int64_t end) {
+  if (a.size == 0) return;  // there may be no memory to point to
   for (int64_t n = begin; n < end; ++n) {
     const int64_t from = a.ids[n] * a.weight_stride, to = n * a.size;
     if (a.dtype == a.out_dtype) {
@@ -30,6 +31,7 @@ void embedding(const Embedding& a, int64_t begin, int64_t end) {
 }
 
 void embedding_backward(const EmbeddingBackward& a, int64_t begin, int64_t end, float* sum) {
+  if (a.size == 0) return;
   const int64_t bytes = a.dtype == Dtype::kFloat32 ? 4 : 2;
   for (int64_t v = begin; v < end; ++v) {
     for (int64_t i = 0; i < a.size; ++i) sum[i] = 0.0f;

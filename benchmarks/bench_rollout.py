@@ -20,6 +20,7 @@ from rlir.models.load import EMBEDDED, load_world_model
 from rlir.models.world_model import WorldModel
 from rlir.rollout.engine import RolloutEngine
 from rlir.rollout.loop import inference_copy
+from rlir.rollout.trajectories import prompts_of
 
 GROUP, SIDE = 16, 2048
 
@@ -61,7 +62,7 @@ def main() -> None:
     engine = RolloutEngine(model)
     square = torch.randn(SIDE, SIDE, generator=generator).bfloat16()
     calls: dict[str, Callable[[], object]] = {
-        "engine": lambda: engine.rollout(prompts, actions, group_size=GROUP, seed=0),
+        "engine": lambda: engine.rollout(prompts_of(prompts, actions), group_size=GROUP, seed=0),
         "packing": lambda: RolloutEngine(model),
         "plain loop": lambda: plain_rollout(policy, prompts, blocks, GROUP),
         "product": lambda: square @ square,

@@ -16,6 +16,11 @@ def _norm(x: Tensor, norm: nn.Module, eps: float) -> Tensor:
     return F.rms_norm(x, norm.weight.shape, norm.weight, eps)
 
 
+def _linear(x: Tensor, of: nn.Module) -> Tensor:
+    """By torch: the model's own projections are the package's."""
+    return F.linear(x, of.weight)
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
@@ -29,7 +34,7 @@ def _forward(model: nn.Module, x: Tensor, keys: list[Tensor], values: list[Tenso
     cos, sin = model.rotary[:, start:end].to(x.dtype)
     for layer, k_cache, v_cache in zip(model.layers, keys, values, strict=True):
         attention = layer.self_attn
-        qkv = attention.qkv_proj(_norm(x, layer.input_layernorm, config.norm_eps))
+        qkv = _linear(_norm(x, layer.input_layernorm, config.norm_eps), attention.qkv_proj)
         qk, v = qkv.view(b, t, -1, dim).transpose(1, 2).split([heads + kv_heads, kv_heads], 1)
         q, k = _rotate(qk, cos, sin).split([heads, kv_heads], 1)
         k_cache[:, :, start:end] = k.flatten(0, 1).transpose(1, 2)
@@ -40,10 +45,12 @@ def _forward(model: nn.Module, x: Tensor, keys: list[Tensor], values: list[Tenso
             future = torch.ones(t, end, dtype=torch.bool).triu_(start + 1)
             scores = scores.unflatten(1, (-1, t)).masked_fill_(future, -torch.inf).flatten(1, 2)
         out = torch.bmm(scores.softmax(-1).to(x.dtype), v_cache[:, :end]).view(b, heads, t, dim)
-        x = x + attention.o_proj(out.transpose(1, 2).flatten(2))
-        gate_up = layer.gate_up_proj(_norm(x, layer.post_attention_layernorm, config.norm_eps))
+        x = x + _linear(out.transpose(1, 2).flatten(2), attention.o_proj)
+        gate_up = _linear(
+            _norm(x, layer.post_attention_layernorm, config.norm_eps), layer.gate_up_proj
+        )
         gate, up = gate_up.chunk(2, -1)
-        x = x + layer.down_proj(F.silu(gate) * up)
+        x = x + _linear(F.silu(gate) * up, layer.down_proj)
     return x
 
 
@@ -96,7 +103,7 @@ def plain_rollout(
             x = _forward(model, x, keys, values, start)
             start += x.shape[1]
             last = _norm(x[:, -1], model.norm, config.norm_eps)
-            distribution = (model.lm_head(last).float() / temperature).log_softmax(-1)
+            distribution = (_linear(last, model.lm_head).float() / temperature).log_softmax(-1)
             cumulative = distribution.exp().cumsum_(-1)
             draw = torch.rand(b, 1, generator=generator) * cumulative[:, -1:]
             token = torch.searchsorted(cumulative, draw, right=True)[:, 0]

@@ -1,15 +1,19 @@
-// Attention of one row over the cache of cpu/decoder.h: shared positions, then its own, in one
-// softmax. Scores, weights and values stay in the first caches; two queries of a key head go
-// together, so that a vector of keys or values is loaded once for both.
+// Attention of a rollout's rows over the part of the cache of cpu/decoder.h in which key slots are
+// lanes: the prompt's tail, then the rollout's own slots. Queries of a key head go over a block of
+// 128 slots one after the other, two at a time, so that a block comes from memory once and a vector
+// of keys or values is loaded once for both.
 //
-// Here key slots are lanes, in cpu/attention.h queries are. Order and bits are the same
-// (cpu/video_attention.h): blocks of 128 absolute slots, online softmax, one chain over d and one
-// over the slots. So a rollout's bits are those of the training forward. By AMX: cpu/cache_tiles.h.
+// In cpu/attention.h queries are lanes. Order and bits are the same (cpu/video_attention.h): blocks
+// of 128 absolute slots, online softmax, one chain over d and one over the slots. So a rollout's
+// bits are those of the training forward, and it goes on from where the panels of whole blocks
+// ended (cpu/group_decode_attention.h). By AMX: cpu/cache_tiles.h.
 //
 // Internal linkage: compiled once per instruction set.
 #pragma once
 
 #include "core/exp2.h"
+#include "core/reach.h"
+#include "cpu/decoder.h"
 #include "cpu/softmax.h"
 #include "cpu/video_attention.h"
 #include "cpu/words.h"
@@ -18,7 +22,7 @@ namespace rlir::cpu {
 namespace {  // nothing here may be shared between instruction sets
 
 #if defined(__AVX512F__)
-constexpr int kScoreBlocks = 4;   // 16 positions each, at a time
+constexpr int kScoreBlocks = 4;   // 16 slots each, at a time
 constexpr int kValueVectors = 4;  // vectors of d at a time
 #elif defined(__AVX2__) && defined(__FMA__)
 constexpr int kScoreBlocks = 2;
@@ -27,16 +31,14 @@ constexpr int kValueVectors = 4;
 constexpr int kScoreBlocks = 1;
 constexpr int kValueVectors = 4;
 #endif
-constexpr int64_t kKeyGroup = 64;  // positions whose keys lie together: [words of d][64]
+constexpr int64_t kKeyGroup = 64;  // slots whose keys lie together: [words of d][64]
+constexpr int64_t kScoreRow = kKeyBlock;
 
-// Positions 0 .. count - 1 of one head of one sequence. A cache is read once a step, faster than
-// memory brings it by itself: while a segment is read, the same places of the next one are asked
-// for (next_k, next_v; those of the segment itself where there is none).
+// A block's slots of one head of one sequence, `k` and `v` at its first one, and what is asked of
+// memory meanwhile: the same places of what is read next (of the block itself where nothing is).
 template <typename F>
-struct Segment {
-  const typename F::Word *k, *v;
-  int64_t count;
-  const typename F::Word *next_k, *next_v;
+struct KeyBlock {
+  const typename F::Word *k, *v, *next_k, *next_v;
 };
 
 template <int kVectors16>
@@ -75,17 +77,18 @@ __attribute__((noinline)) void score_blocks(float* const* scores, const typename
   }
 }
 
-// scores[j][0 .. count rounded up to 16): q_j k; what lies beyond count is anything.
+// scores[j][from .. to rounded up to 16) of a block's slots; `from` is a multiple of 16.
 template <typename F, int kQueries>
 inline void scores_of(float* const* scores, const typename F::Word* const* q,
-                      const Segment<F>& seen, int64_t words) {
-  const int64_t end = round_up(seen.count, 16);
+                      const KeyBlock<F>& block, int64_t from, int64_t to, int64_t words) {
+  const int64_t end = round_up(to, 16);
   float* at[kQueries];
-  for (int64_t i = 0; i < end;) {
+  for (int64_t i = from; i < end;) {
     const int64_t start = i / kKeyGroup * kKeyGroup * words + i % kKeyGroup;
-    const auto *k = seen.k + start, *next = seen.next_k + start;
+    const auto *k = block.k + start, *next = block.next_k + start;
     for (int j = 0; j < kQueries; ++j) at[j] = scores[j] + i;
-    if (i + kScoreBlocks * 16 <= end) {  // a divisor of the group: whole ones stay within
+    const bool whole = i % (kScoreBlocks * 16) == 0 && i + kScoreBlocks * 16 <= end;
+    if (whole) {  // a divisor of the group: stays within
       score_blocks<F, kQueries, kScoreBlocks>(at, q, k, next, words);
       i += kScoreBlocks * 16;
     } else {
@@ -162,6 +165,15 @@ struct RunningSoftmax {
   float maximum, l;
 };
 
+// A query on its way: q [d padded to 16], sums [d padded to 16], which are out times l.
+template <typename F>
+struct CacheQuery {
+  const typename F::Word* q;
+  const Reach* reach;
+  float* sums;
+  RunningSoftmax softmax;
+};
+
 // Weights, as words, of a block's scores [count padded to 16], which are -infinity beyond its end.
 // Returns what earlier sums are to be multiplied by.
 template <typename F>
@@ -191,59 +203,101 @@ inline float weights_of(typename F::Word* weights, const float* scores, int64_t 
   return factor;
 }
 
-// Work space of a query.
-inline int64_t query_scratch(int64_t seen) { return 2 * (round_up(seen, 16) + 32); }
+// The slots of a block that a query does not see get -infinity, and those up to a multiple of 16.
+inline void mask_row(const AttentionMask& mask, const Reach& r, int64_t start, int64_t count,
+                     float* scores) {
+  int64_t i = 0;
+  for (; i < at_most(r.low - start, count); ++i) scores[i] = minus_infinity();
+  if (mask.kind == MaskKind::kDiagonal && r.own < start + count) {
+    for (i = r.own > start ? r.own - start : 0; i < count; ++i) {
+      if (tau_of(mask, start + i) > r.tau) scores[i] = minus_infinity();
+    }
+  }
+  for (i = r.high > start ? r.high - start : 0; i < round_up(count, 16); ++i) {
+    scores[i] = minus_infinity();
+  }
+}
 
-// out[j] [d padded to 16] of kQueries queries q[j] of one key head. The shared positions are an
-// even number, so that pairs of positions lie in one segment. `scale` includes log2(e).
+// Whether a query sees any of a block's slots.
+inline bool sees_block(const Reach& r, int64_t start, int64_t count) {
+  return r.low < r.high && r.low < start + count && r.high > start;
+}
+
+// Where a query's state begins, or what it goes on from (cpu/group_decode_attention.h).
+template <typename F>
+inline void begin_query(CacheQuery<F>& query, const float* state, int64_t dim) {
+  const int64_t padded = round_up(dim, 16);
+  for (int64_t i = 0; i < padded; i += kWidth) store_vector(query.sums + i, Vf{});
+  query.softmax = {minus_infinity(), 0.0f};
+  if (state == nullptr) return;
+  query.softmax = {state[0], state[1]};
+  __builtin_memcpy(query.sums, state + 2, sizeof(float) * static_cast<uint64_t>(dim));
+}
+
+inline void rescale(float* sums, float factor, int64_t padded) {
+  if (factor == 1.0f) return;
+  for (int64_t i = 0; i < padded; i += kWidth) {
+    store_vector(sums + i, load_vector(sums + i) * splat(factor));
+  }
+}
+
+// What a block consists of: the first `tail` slots are the prompt's, those up to `count` own.
+template <typename F>
+struct CacheBlock {
+  KeyBlock<F> tail_keys, own_keys;
+  int64_t start, tail, count;
+};
+
+// Slots that share a vector with the prompt's last ones were computed from the wrong keys: what
+// `write` does to scores, but for the first `keep` of the vector.
+template <typename Write>
+inline void keep_first(float* const* scores, int queries, int64_t at, int64_t keep,
+                       const Write& write) {
+  float kept[16][16];
+  for (int j = 0; j < queries; ++j) {
+    for (int64_t i = 0; i < keep; ++i) kept[j][i] = scores[j][at + i];
+  }
+  write();
+  for (int j = 0; j < queries; ++j) {
+    for (int64_t i = 0; i < keep; ++i) scores[j][at + i] = kept[j][i];
+  }
+}
+
+// A block for kQueries queries of one key head. `scale` includes log2(e).
 template <typename F, int kQueries>
-inline void attend(float* const* out, const typename F::Word* const* q, const Segment<F>& shared,
-                   const Segment<F>& own, int64_t dim, float scale, float* scratch) {
+inline void attend_block(CacheQuery<F>* const* queries, const CacheBlock<F>& block,
+                         const AttentionMask& mask, int64_t dim, float scale, float* scratch) {
   using Word = typename F::Word;
   const int64_t padded = round_up(dim, 16), words = words_for<F>(dim);
-  const int64_t total = shared.count + own.count, size = round_up(total, 16) + 32;
-  float *scores[kQueries], *own_scores[kQueries];
-  RunningSoftmax softmax[kQueries];
+  float *scores[kQueries], *sums[kQueries];
+  const Word *q[kQueries], *weights[kQueries];
   for (int j = 0; j < kQueries; ++j) {
-    scores[j] = scratch + j * 2 * size;
-    own_scores[j] = scores[j] + shared.count;
-    softmax[j] = {minus_infinity(), 0.0f};
-    for (int64_t i = 0; i < padded; i += kWidth) store_vector(out[j] + i, Vf{});
+    scores[j] = scratch + j * 2 * kScoreRow;
+    q[j] = queries[j]->q;
+    sums[j] = queries[j]->sums;
   }
-  scores_of<F, kQueries>(scores, q, shared, words);
-  scores_of<F, kQueries>(own_scores, q, own, words);  // over what lies beyond the shared ones
+  const int64_t border = block.tail / 16 * 16;
+  if (block.tail > 0) scores_of<F, kQueries>(scores, q, block.tail_keys, 0, block.tail, words);
+  keep_first(scores, kQueries, border, block.tail - border, [&] {
+    scores_of<F, kQueries>(scores, q, block.own_keys, border, block.count, words);
+  });
   for (int j = 0; j < kQueries; ++j) {
-    for (int64_t i = total; i < round_up(total, 16); ++i) scores[j][i] = minus_infinity();
+    mask_row(mask, *queries[j]->reach, block.start, block.count, scores[j]);
+    Word* to = reinterpret_cast<Word*>(scores[j] + kScoreRow);
+    const float factor =
+        weights_of<F>(to, scores[j], round_up(block.count, 16), scale, queries[j]->softmax);
+    rescale(sums[j], factor, padded);
+    weights[j] = to;
   }
-  for (int64_t start = 0; start < total; start += kKeyBlock) {
-    const int64_t end = at_most(start + kKeyBlock, total);
-    const Word* weights[kQueries];
-    for (int j = 0; j < kQueries; ++j) {
-      Word* to = reinterpret_cast<Word*>(scores[j] + size);
-      const float factor =
-          weights_of<F>(to, scores[j] + start, round_up(end - start, 16), scale, softmax[j]);
-      weights[j] = to;
-      if (factor == 1.0f || start == 0) continue;
-      for (int64_t i = 0; i < padded; i += kWidth) {
-        store_vector(out[j] + i, load_vector(out[j] + i) * splat(factor));
-      }
-    }
-    const auto add = [&](const Segment<F>& part, int64_t from, int64_t to) {
-      if (from >= to) return;
-      const int64_t at = words_of<F>(from, F::kSwapped) * padded;
-      add_values<F, kQueries>(out, weights, part.v + at, part.next_v + at, words_for<F>(to - from),
-                              padded);
-      for (int j = 0; j < kQueries; ++j) weights[j] += words_for<F>(to - from);
-    };
-    add(shared, start, at_most(end, shared.count));
-    add(own, start > shared.count ? start - shared.count : 0, end - shared.count);
-  }
-  for (int j = 0; j < kQueries; ++j) {
-    const float inverse = 1.0f / softmax[j].l;
-    for (int64_t i = 0; i < padded; i += kWidth) {
-      store_vector(out[j] + i, load_vector(out[j] + i) * splat(inverse));
-    }
-  }
+  const auto add = [&](const KeyBlock<F>& keys, int64_t from, int64_t to) {
+    if (from >= to) return;
+    const int64_t first = words_of<F>(from, F::kSwapped), last = words_for<F>(to);
+    add_values<F, kQueries>(sums, weights, keys.v + first * padded, keys.next_v + first * padded,
+                            last - first, padded);
+    for (int j = 0; j < kQueries; ++j) weights[j] += last - first;
+  };
+  add(block.tail_keys, 0, block.tail);
+  add(block.own_keys, block.tail, block.count);
 }
 
 }  // namespace
@@ -256,39 +310,89 @@ inline void attend(float* const* out, const typename F::Word* const* q, const Se
 namespace rlir::cpu {
 namespace {
 
-// Work space of attend_some, whose rows see at most `seen` positions.
-inline int64_t attention_scratch(int64_t seen, [[maybe_unused]] int64_t dim) {
-  const int64_t vectors = 2 * query_scratch(seen);
+// Queries that go over a block together.
+template <typename F>
+constexpr int kTogether = kTiled<F> ? 16 : 2;
+
+// Floats that attend_queries wants.
+inline int64_t attention_scratch([[maybe_unused]] int64_t dim) {
+  constexpr int64_t kVectors = 4 * kScoreRow;
 #if defined(__AMX_BF16__)
   const int64_t tiles = TileSpace(dim).total;
-  return vectors > tiles ? vectors : tiles;
+  return kVectors > tiles ? kVectors : tiles;
 #else
-  return vectors;
+  return kVectors;
 #endif
 }
 
-// attend for as many of `queries` queries of one key head as go together; returns how many. q and
-// out [queries][d padded].
 template <typename F>
-inline int64_t attend_some(float* out, const typename F::Word* q, int64_t queries,
-                           const Segment<F>& shared, const Segment<F>& own, int64_t dim,
-                           float scale, float* scratch) {
+inline void attend_together(CacheQuery<F>* const* queries, int64_t count,
+                            const CacheBlock<F>& block, const AttentionMask& mask, int64_t dim,
+                            float scale, float* scratch) {
 #if defined(__AMX_BF16__)
   if constexpr (kTiled<F>) {
-    const int64_t n = at_most(queries, kTile);
-    attend_tiles(out, q, n, shared, own, dim, scale, scratch);
-    return n;
+    return attend_tiles(queries, count, block, mask, dim, scale, scratch);
   }
 #endif
-  const int64_t padded = round_up(dim, 16);
-  float* const to[2] = {out, out + padded};
-  const typename F::Word* const from[2] = {q, q + padded};
-  if (queries > 1) {
-    attend<F, 2>(to, from, shared, own, dim, scale, scratch);
-    return 2;
+  if (count > 1) {
+    attend_block<F, 2>(queries, block, mask, dim, scale, scratch);
+  } else {
+    attend_block<F, 1>(queries, block, mask, dim, scale, scratch);
   }
-  attend<F, 1>(to, from, shared, own, dim, scale, scratch);
-  return 1;
+}
+
+// Blocks of one sequence and key head: tails [128 slots], and the ring of own slots.
+template <typename F>
+struct CacheHead {
+  const typename F::Word *tail_k, *tail_v, *own_k, *own_v;
+  const typename F::Word *after_k, *after_v;  // what is read when this is done
+  int64_t base, tail, capacity;
+
+  CacheBlock<F> block(int64_t start, int64_t end, int64_t words, int64_t padded) const {
+    const int64_t index = (start - base) % capacity, next = (index + kKeyBlock) % capacity;
+    const bool last = start + kKeyBlock >= end, first = start == base;
+    CacheBlock<F> b;
+    b.start = start;
+    b.count = at_most(kKeyBlock, end - start);
+    b.tail = first ? at_most(tail, b.count) : 0;
+    const auto values = [&](int64_t i) { return words_of<F>(i, F::kSwapped) * padded; };
+    b.own_keys = {own_k + index * words, own_v + values(index),
+                  last ? after_k : own_k + next * words, last ? after_v : own_v + values(next)};
+    b.tail_keys = {tail_k, tail_v, tail_k, tail_v};
+    return b;
+  }
+};
+
+// All blocks from `base` on, for queries of one key head.
+template <typename F>
+inline void attend_queries(CacheQuery<F>* queries, int64_t count, const CacheHead<F>& head,
+                           const AttentionMask& mask, int64_t dim, float scale, float* scratch) {
+  int64_t low = INT64_MAX, high = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const Reach& r = *queries[i].reach;
+    low = r.low < low ? r.low : low;
+    high = r.high > high ? r.high : high;
+  }
+  const int64_t words = words_for<F>(dim), padded = round_up(dim, 16);
+  const int64_t first = low > head.base ? low / kKeyBlock * kKeyBlock : head.base;
+  for (int64_t start = first; start < high; start += kKeyBlock) {
+    CacheBlock<F> block = head.block(start, high, words, padded);
+    CacheQuery<F>* some[kTogether<F>];
+    int n = 0;
+    const auto flush = [&] {
+      if (n == 0) return;
+      attend_together<F>(some, n, block, mask, dim, scale, scratch);
+      n = 0;
+      block.own_keys.next_k = block.own_keys.k;  // asked for once
+      block.own_keys.next_v = block.own_keys.v;
+    };
+    for (int64_t i = 0; i < count; ++i) {
+      if (!sees_block(*queries[i].reach, start, block.count)) continue;
+      some[n++] = queries + i;
+      if (n == kTogether<F>) flush();
+    }
+    flush();
+  }
 }
 
 }  // namespace

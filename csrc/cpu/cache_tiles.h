@@ -1,13 +1,12 @@
-// Attention of one row over the cache of cpu/decoder.h by AMX tiles: cpu/cache_attention.h, which
+// Attention of a block over the cache of cpu/decoder.h by AMX tiles: cpu/cache_attention.h, which
 // includes this, for pairs of bfloat16 in files compiled for AMX.
 //
-// Layout. Queries of a key head are rows of A, at most 16; positions, or the values' d, are lanes
-// of B, which is read where it lies in the cache. Weights, scores and sums are scratch of some 30
-// KiB.
+// Layout. Queries of a key head are rows of A, at most 16; slots, or the values' d, are lanes of B,
+// which is read where it lies in the cache. Weights, scores and sums are scratch of some 30 KiB.
 //
-// Order. That of panels (cpu/attention.h): a group of tdpbf16ps is 32 d, or 32 positions from the
-// start of a block of 128, and its sums do not tell A from B. A group on the border of the two
-// segments is put together in a copy; positions beyond the last one are zeros there.
+// Order. That of panels (cpu/attention.h): a group of tdpbf16ps is 32 d, or 32 slots from the start
+// of a block of 128, and its sums do not tell A from B. A group on the border of the prompt's tail
+// and a rollout's own slots is put together in a copy; slots beyond the last one are zeros there.
 //
 // Internal linkage.
 #pragma once
@@ -15,7 +14,6 @@
 namespace rlir::cpu {
 namespace {  // nothing here may be shared between instruction sets
 
-constexpr int64_t kScoreRow = kKeyBlock + 4 * kTile;  // a block's scores, and some of the next
 constexpr int64_t kPairs = kKeyBlock / 2;             // words of a block's weights
 constexpr int64_t kGroupPairs = kTile;
 
@@ -64,7 +62,7 @@ __attribute__((noinline)) void score_tiles(float* scores, const uint32_t* q, con
   if constexpr (kTiles > 3) _tile_stored(3, scores + 3 * kTile, kScoreRow * kWord);
 }
 
-// Values of 32 positions, and what is asked for meanwhile.
+// Values of 32 slots, and what is asked for meanwhile.
 struct ValueGroup {
   const uint32_t *v, *next;
 };
@@ -107,129 +105,121 @@ __attribute__((noinline)) void value_tiles(float* out, const uint32_t* weights,
 // Work space of attend_tiles, in words of 4 bytes.
 struct TileSpace {
   int64_t words, padded;  // of q, and d
-  int64_t scores = 0, weights, q, out, copies, total;
+  int64_t scores = 0, weights, q, sums, copies, total;
 
   explicit TileSpace(int64_t dim)
       : words(round_up((dim + 1) / 2, kTile)),
         padded(round_up(dim, 16)),
         weights(kTile * kScoreRow),
         q(weights + kTile * kPairs),
-        out(q + kTile * words),
-        copies(out + kTile * padded),
+        sums(q + kTile * words),
+        copies(sums + kTile * padded),
         total(copies + 2 * kGroupPairs * padded) {}
 };
 
 // A block's groups of values; a copy where one is not whole: at the border and at the end.
 template <typename F>
-inline int64_t value_groups(ValueGroup* groups, const Segment<F>& shared, const Segment<F>& own,
-                            int64_t start, int64_t end, int64_t padded, uint32_t* copies) {
-  int64_t count = 0;
-  for (int64_t slot = start; slot < end; slot += 2 * kGroupPairs, ++count) {
-    const int64_t last = slot + 2 * kGroupPairs, at = slot - shared.count;
-    if (last <= shared.count) {
-      groups[count] = {shared.v + slot / 2 * padded, shared.next_v + slot / 2 * padded};
-    } else if (at >= 0 && last <= shared.count + own.count) {
-      groups[count] = {own.v + at / 2 * padded, own.next_v + at / 2 * padded};
+inline int64_t value_groups(ValueGroup* groups, const CacheBlock<F>& block, int64_t padded,
+                            uint32_t* copies) {
+  int64_t n = 0;
+  for (int64_t slot = 0; slot < block.count; slot += 2 * kGroupPairs, ++n) {
+    const int64_t last = slot + 2 * kGroupPairs, at = slot / 2 * padded;
+    if (last <= block.tail) {
+      groups[n] = {block.tail_keys.v + at, block.tail_keys.next_v + at};
+    } else if (slot >= block.tail && last <= block.count) {
+      groups[n] = {block.own_keys.v + at, block.own_keys.next_v + at};
     } else {
       for (int64_t i = 0; i < kGroupPairs; ++i) {
         const int64_t here = slot + 2 * i;
 #if defined(RLIR_FAULT_TILE_BORDER)
-        const bool prompt = slot < shared.count;
+        const bool prompt = slot < block.tail;
 #else
-        const bool prompt = here < shared.count;
+        const bool prompt = here < block.tail;
 #endif
-        const Segment<F>& part = prompt ? shared : own;
-        const int64_t pair = (here - (prompt ? 0 : shared.count)) / 2;
+        const KeyBlock<F>& part = prompt ? block.tail_keys : block.own_keys;
         const auto bytes = sizeof(uint32_t) * static_cast<uint64_t>(padded);
         uint32_t* to = copies + i * padded;
-        if (here < shared.count + own.count) {
-          __builtin_memcpy(to, part.v + pair * padded, bytes);
+        if (here < block.count) {
+          __builtin_memcpy(to, part.v + here / 2 * padded, bytes);
         } else {
           __builtin_memset(to, 0, bytes);
         }
       }
-      groups[count] = {copies, copies};
+      groups[n] = {copies, copies};
       copies += kGroupPairs * padded;
     }
   }
-  return count;
+  return n;
 }
 
-// attend for up to 16 queries, q and out [queries][d padded].
+// scores [16][kScoreRow] of a block's slots [from, to rounded up to 16); `from` is a multiple of
+// 16.
 template <typename F>
-inline void attend_tiles(float* out, const uint32_t* q, int64_t queries, const Segment<F>& shared,
-                         const Segment<F>& own, int64_t dim, float scale, float* scratch) {
+inline void tile_scores(float* scores, const uint32_t* q, const KeyBlock<F>& keys, int64_t from,
+                        int64_t to, int64_t words) {
+  for (int64_t i = from; i < round_up(to, kTile);) {
+    const int64_t at = i / kKeyGroup * kKeyGroup * words + i % kKeyGroup;
+    if (i % kKeyGroup == 0 && i + kKeyGroup <= round_up(to, kTile)) {
+      score_tiles<4>(scores + i, q, keys.k + at, keys.next_k + at, words);
+      i += 4 * kTile;
+    } else {
+      score_tiles<1>(scores + i, q, keys.k + at, keys.next_k + at, words);
+      i += kTile;
+    }
+  }
+  memory_is_written();
+}
+
+// attend_block for up to 16 queries of one key head.
+template <typename F>
+inline void attend_tiles(CacheQuery<F>* const* queries, int64_t count, const CacheBlock<F>& block,
+                         const AttentionMask& mask, int64_t dim, float scale, float* scratch) {
   const TileSpace space(dim);
-  const int64_t padded = space.padded, words = words_for<F>(dim), total = shared.count + own.count;
-  float *scores = scratch + space.scores, *sums = scratch + space.out;
+  const int64_t padded = space.padded, words = words_for<F>(dim);
+  float *scores = scratch + space.scores, *sums = scratch + space.sums;
   auto *weights = reinterpret_cast<uint32_t*>(scratch + space.weights),
        *rows = reinterpret_cast<uint32_t*>(scratch + space.q),
        *copies = reinterpret_cast<uint32_t*>(scratch + space.copies);
   // Rows without a query are zeros, and so are q and weights where a tile goes on.
   __builtin_memset(weights, 0, sizeof(float) * static_cast<uint64_t>(space.copies - space.weights));
-  RunningSoftmax softmax[kTile];
-  for (int64_t j = 0; j < queries; ++j) {
-    softmax[j] = {minus_infinity(), 0.0f};
-    __builtin_memcpy(rows + j * space.words, q + j * padded,
+  float* row[kTile];
+  for (int64_t j = 0; j < count; ++j) {
+    __builtin_memcpy(rows + j * space.words, queries[j]->q,
                      sizeof(uint32_t) * static_cast<uint64_t>(words));
+    row[j] = scores + j * kScoreRow;
   }
   memory_is_written();
-  int64_t known = 0;  // scores of the block that are there
-  for (int64_t start = 0; start < total; start += kKeyBlock) {
-    const int64_t count = at_most(kKeyBlock, total - start);
-    while (known < count) {
-      const bool prompt = start + known < shared.count;
-      const Segment<F>& part = prompt ? shared : own;
-      const int64_t at = start + known - (prompt ? 0 : shared.count);  // a multiple of 16
-      const int64_t in_group = (kKeyGroup - at % kKeyGroup) / kTile;
-      const int64_t left = (at_most(part.count - at, count - known) + kTile - 1) / kTile;
-      const int64_t from = at / kKeyGroup * kKeyGroup * words + at % kKeyGroup;
-      int64_t tiles = 1;
-      if (in_group >= 4 && left >= 4) {
-        score_tiles<4>(scores + known, rows, part.k + from, part.next_k + from, words);
-        tiles = 4;
-      } else {
-        score_tiles<1>(scores + known, rows, part.k + from, part.next_k + from, words);
-      }
-      known += at_most(tiles * kTile, part.count - at);
-    }
-    memory_is_written();
-    const int64_t whole = round_up(count, 16);
-    for (int64_t j = 0; j < queries; ++j) {
-      float *row = scores + j * kScoreRow, *sum = sums + j * padded;
-      for (int64_t i = count; i < whole; ++i) row[i] = minus_infinity();
-      uint32_t* to = weights + j * kPairs;
-      const float factor = weights_of<F>(to, row, whole, scale, softmax[j]);
-      for (int64_t i = whole / 2; i % kGroupPairs != 0; ++i) to[i] = 0;
-      if (factor != 1.0f && start > 0) {
-        for (int64_t i = 0; i < padded; i += kWidth) {
-          store_vector(sum + i, load_vector(sum + i) * splat(factor));
-        }
-      }
-#if !defined(RLIR_FAULT_TILE_CARRY)
-      for (int64_t i = kKeyBlock; i < known; ++i) row[i - kKeyBlock] = row[i];
-#endif
-    }
-    known -= kKeyBlock;
-    ValueGroup groups[kKeyBlock / (2 * kGroupPairs)];
-    const int64_t n = value_groups(groups, shared, own, start, start + count, padded, copies);
-    memory_is_written();
-    for (int64_t lane = 0; lane < padded;) {
-      if (padded - lane >= 4 * kTile) {
-        value_tiles<4>(sums + lane, weights, groups, n, lane, padded);
-        lane += 4 * kTile;
-      } else {
-        value_tiles<1>(sums + lane, weights, groups, n, lane, padded);
-        lane += kTile;
-      }
-    }
-    memory_is_written();
+  const int64_t border = block.tail / kTile * kTile;
+  if (block.tail > 0) tile_scores(scores, rows, block.tail_keys, 0, block.tail, words);
+  keep_first(row, static_cast<int>(count), border, block.tail - border, [&] {
+    tile_scores(scores, rows, block.own_keys, border, block.count, words);
+  });
+  const int64_t whole = round_up(block.count, 16);
+  for (int64_t j = 0; j < count; ++j) {
+    CacheQuery<F>& query = *queries[j];
+    mask_row(mask, *query.reach, block.start, block.count, row[j]);
+    const float factor =
+        weights_of<F>(weights + j * kPairs, row[j], whole, scale, query.softmax);
+    rescale(query.sums, factor, padded);
+    __builtin_memcpy(sums + j * padded, query.sums,
+                     sizeof(float) * static_cast<uint64_t>(padded));
   }
-  for (int64_t j = 0; j < queries; ++j) {
-    const float inverse = 1.0f / softmax[j].l;
-    for (int64_t i = 0; i < padded; i += kWidth) {
-      store_vector(out + j * padded + i, load_vector(sums + j * padded + i) * splat(inverse));
+  ValueGroup groups[kKeyBlock / (2 * kGroupPairs)];
+  const int64_t n = value_groups(groups, block, padded, copies);
+  memory_is_written();
+  for (int64_t lane = 0; lane < padded;) {
+    if (padded - lane >= 4 * kTile) {
+      value_tiles<4>(sums + lane, weights, groups, n, lane, padded);
+      lane += 4 * kTile;
+    } else {
+      value_tiles<1>(sums + lane, weights, groups, n, lane, padded);
+      lane += kTile;
     }
+  }
+  memory_is_written();
+  for (int64_t j = 0; j < count; ++j) {
+    __builtin_memcpy(queries[j]->sums, sums + j * padded,
+                     sizeof(float) * static_cast<uint64_t>(padded));
   }
 }
 

@@ -1,45 +1,44 @@
 // Formulas, layouts and bits: decoder.h.
 //
-// Why one kernel: eager PyTorch runs some thirty operators a layer and position, each of a few
-// microseconds of work and as many of overhead, writes every intermediate, and rounds it. Here the
-// rows of a chunk go through all layers with their intermediates in the second level cache.
+// Why kernels of our own: eager PyTorch runs some thirty operators a layer and step, each of a few
+// microseconds of work and as many of overhead, writes every intermediate, and rounds it.
 #include "cpu/decoder.h"
 
 #include "cpu/cache_attention.h"
+#include "cpu/group_decode_attention.h"
+#include "cpu/rows.h"
 
 namespace rlir::cpu::RLIR_ISA {
 namespace {
 
-// Work space of a chunk of rows, in words of 4 bytes; parts begin at multiples of 16.
-struct Space {
-  int64_t tile, h, a, qkv, q, heads, attention, total;
-};
-
 int64_t qkv_width(const Decoder& m) { return (m.heads + 2 * m.kv_heads) * m.head_dim; }
-
-Space space_of(const Decoder& m, int64_t rows, int64_t seen) {
-  const int64_t padded = round_up(rows, kRowPad), dim = round_up(m.head_dim, 16);
-  Space s;
-  s.tile = 0;
-  s.h = s.tile + 2 * padded * kPanel;
-  s.a = s.h + padded * round_up(m.hidden, 16);
-  s.qkv = s.a + padded * round_up(m.mlp, 16);
-  s.q = s.qkv + rows * round_up(qkv_width(m), 16);
-  s.heads = s.q + m.heads * dim;
-  s.attention = s.heads + (m.heads + 2) * dim + round_up(m.hidden, 16);
-  s.total = s.attention + attention_scratch(seen, m.head_dim);
-  return s;
-}
+int64_t keys_words(int64_t capacity, int64_t words) { return round_up(capacity, kKeyBlock) * words; }
 
 template <typename F>
-DecoderSizes sizes_of(const Decoder& m, int64_t rows, int64_t capacity, int64_t seen) {
+int64_t values_words(int64_t capacity, int64_t dim) {
+  return words_of<F>(round_up(capacity, kKeyBlock), F::kSwapped) * round_up(dim, 16);
+}
+
+// Queries of a key head that decoder_attend takes at once.
+constexpr int64_t kQueries = 64;
+
+template <typename F>
+DecoderSizes sizes_of(const Decoder& m, int64_t rows, int64_t capacity) {
+  const int64_t padded = round_up(m.head_dim, 16);
   DecoderSizes s;
   s.panel = kPanel;
   s.values_per_word = F::kPerWord;
-  s.keys = round_up(capacity, kKeyGroup) * words_for<F>(m.head_dim);
-  s.values = words_of<F>(capacity, F::kSwapped) * round_up(m.head_dim, 16);
-  s.scratch = space_of(m, rows, seen).total;
-  s.stride = round_up(m.hidden, 16);
+  s.keys = keys_words(capacity, words_for<F>(m.head_dim));
+  s.values = values_words<F>(capacity, m.head_dim);
+  s.x = round_up(m.hidden, 16);
+  s.h = row_words<F>(m.hidden);
+  s.a = row_words<F>(m.mlp);
+  s.qkv = round_up(qkv_width(m), 16);
+  s.q = m.heads * padded;
+  s.state = decode_state(m.head_dim);
+  s.row_pad = kRowPad;
+  s.product = 2 * round_up(rows, kRowPad) * kPanel;
+  s.attend = attention_scratch(m.head_dim) + kQueries * padded;
   return s;
 }
 
@@ -55,10 +54,10 @@ void pack(const Matrix& weight, int64_t outputs, int64_t depth, void* packed) {
 
 // rms(x, weight) as words.
 template <typename F>
-void norm_rows(const float* x, int64_t count, int64_t size, const float* weight, float eps,
-               typename F::Word* out) {
+void norm_rows(const float* x, int64_t begin, int64_t end, int64_t size, const float* weight,
+               float eps, typename F::Word* out) {
   const int64_t stride = round_up(size, 16);
-  for (int64_t row = 0; row < count; ++row) {
+  for (int64_t row = begin; row < end; ++row) {
     const float* in = x + row * stride;
     Vf sums[kPer16] = {};
     for (int64_t k = 0; k < stride; k += 16) {
@@ -76,14 +75,14 @@ void norm_rows(const float* x, int64_t count, int64_t size, const float* weight,
   }
 }
 
-// Calls done(first, lanes, c) for each panel of rows [count] of `depth` against a packed weight:
-// c [count][kPanel] are outputs first .. first + lanes - 1, lanes a multiple of 16.
+// Calls done(first, lanes, c) for panels [begin, end) of rows [count] of `depth` against a packed
+// weight: c [count][kPanel] are outputs first .. first + lanes - 1, lanes a multiple of 16.
 template <typename F, typename Done>
 void product(const typename F::Word* rows, int64_t count, int64_t depth, const void* weight,
-             int64_t outputs, float* c, const Done& done) {
+             int64_t outputs, int64_t begin, int64_t end, float* c, const Done& done) {
   const int64_t words = words_for<F>(depth);
   const auto* panels = static_cast<const typename F::Word*>(weight);
-  for (int64_t first = 0; first < outputs; first += kPanel) {
+  for (int64_t first = begin * kPanel; first < at_most(end * kPanel, outputs); first += kPanel) {
     const int64_t lanes = at_most(round_up(outputs - first, 16), kPanel);
     const auto* panel = panels + first * words;
     panel_product<F>(c, rows, row_words<F>(depth), count, panel, words, static_cast<int>(lanes),
@@ -98,43 +97,97 @@ int64_t packed_words(int64_t outputs, int64_t depth) {
   return round_up(outputs, kPanel) * words_for<F>(depth);
 }
 
-// x += rows weight^T.
-template <typename F>
-void add_product(const typename F::Word* rows, int64_t count, int64_t depth, const void* weight,
-                 int64_t outputs, float* c, float* x) {
-  const int64_t stride = round_up(outputs, 16);
-  product<F>(rows, count, depth, weight, outputs, c,
-             [&](int64_t first, int64_t lanes, const float* tile) {
-               for (int64_t row = 0; row < count; ++row) {
-                 float* to = x + row * stride + first;
-                 for (int64_t i = 0; i < lanes; i += kWidth) {
-                   store_vector(to + i, load_vector(to + i) + load_vector(tile + row * kPanel + i));
-                 }
-               }
-             });
-}
-
 inline Vf silu(Vf x) { return x / (splat(1.0f) + exp(-x)); }
 
 template <typename F>
-void mlp(const Decoder& m, const typename F::Word* h, int64_t count, const void* gate,
-         const void* up, float* c, typename F::Word* out) {
-  const int64_t words = words_for<F>(m.hidden), stride = row_words<F>(m.mlp);
-  const auto* g = static_cast<const typename F::Word*>(gate);
-  float* other = c + round_up(count, kRowPad) * kPanel;
-  product<F>(h, count, m.hidden, up, m.mlp, c,
-             [&](int64_t first, int64_t lanes, const float* tile) {
-               const auto* panel = g + first * words;
-               panel_product<F>(other, h, row_words<F>(m.hidden), count, panel, words,
-                                static_cast<int>(lanes), false, panel + kPanel * words);
-               for (int64_t row = 0; row < count; ++row) {
-                 for (int64_t i = 0; i < lanes; i += kWidth) {
-                   const int64_t at = row * kPanel + i;
-                   const Vf value = silu(load_vector(other + at)) * load_vector(tile + at);
-                   F::put(out + row * stride, first + i, F::rounded(value));
+struct Multiply {
+  using Word = typename F::Word;
+  const Decoder& m;
+  int64_t layer;
+  const Word* h;
+  int64_t count, begin, end;
+  float* c;
+
+  const Word* weight(const void* all, int64_t index, int64_t outputs, int64_t depth) const {
+    return static_cast<const Word*>(all) + index * packed_words<F>(outputs, depth);
+  }
+
+  void qkv(float* to) const {
+    const int64_t width = qkv_width(m), stride = round_up(width, 16);
+    product<F>(h, count, m.hidden, weight(m.qkv, layer, width, m.hidden), width, begin, end, c,
+               [&](int64_t first, int64_t lanes, const float* tile) {
+                 for (int64_t row = 0; row < count; ++row) {
+                   for (int64_t i = 0; i < lanes; i += kWidth) {
+                     store_vector(to + row * stride + first + i,
+                                  load_vector(tile + row * kPanel + i));
+                   }
                  }
-               }
-             });
+               });
+  }
+
+  // x += h W^T, W [hidden][depth].
+  void add(const void* all, int64_t depth, float* x) const {
+    const int64_t stride = round_up(m.hidden, 16);
+    product<F>(h, count, depth, weight(all, layer, m.hidden, depth), m.hidden, begin, end, c,
+               [&](int64_t first, int64_t lanes, const float* tile) {
+                 for (int64_t row = 0; row < count; ++row) {
+                   float* to = x + row * stride + first;
+                   for (int64_t i = 0; i < lanes; i += kWidth) {
+                     store_vector(to + i,
+                                  load_vector(to + i) + load_vector(tile + row * kPanel + i));
+                   }
+                 }
+               });
+  }
+
+  void mlp(Word* out) const {
+    const int64_t words = words_for<F>(m.hidden), stride = row_words<F>(m.mlp);
+    const Word* gate = weight(m.gate_up, 2 * layer, m.mlp, m.hidden);
+    float* other = c + round_up(count, kRowPad) * kPanel;
+    product<F>(h, count, m.hidden, weight(m.gate_up, 2 * layer + 1, m.mlp, m.hidden), m.mlp, begin,
+               end, c, [&](int64_t first, int64_t lanes, const float* tile) {
+                 const auto* panel = gate + first * words;
+                 panel_product<F>(other, h, row_words<F>(m.hidden), count, panel, words,
+                                  static_cast<int>(lanes), false, panel + kPanel * words);
+                 for (int64_t row = 0; row < count; ++row) {
+                   for (int64_t i = 0; i < lanes; i += kWidth) {
+                     const int64_t at = row * kPanel + i;
+                     const Vf value = silu(load_vector(other + at)) * load_vector(tile + at);
+                     F::put(out + row * stride, first + i, F::rounded(value));
+                   }
+                 }
+               });
+  }
+
+  void head(float* logits) const {
+    product<F>(h, count, m.hidden, m.head, m.codes, begin, end, c,
+               [&](int64_t first, int64_t lanes, const float* tile) {
+                 const auto bytes = 4 * static_cast<uint64_t>(at_most(lanes, m.codes - first));
+                 for (int64_t row = 0; row < count; ++row) {
+                   __builtin_memcpy(logits + row * m.codes + first, tile + row * kPanel, bytes);
+                 }
+               });
+  }
+};
+
+template <typename F>
+void multiply(const Decoder& m, DecoderProduct which, int64_t layer, const void* h, int64_t count,
+              int64_t begin, int64_t end, void* to, float* scratch) {
+  const ProductScope<F> scope;
+  const Multiply<F> p{m, layer, static_cast<const typename F::Word*>(h), count, begin, end,
+                      scratch};
+  switch (which) {
+    case DecoderProduct::kQkv:
+      return p.qkv(static_cast<float*>(to));
+    case DecoderProduct::kOut:
+      return p.add(m.out, m.hidden, static_cast<float*>(to));
+    case DecoderProduct::kMlp:
+      return p.mlp(static_cast<typename F::Word*>(to));
+    case DecoderProduct::kDown:
+      return p.add(m.down, m.mlp, static_cast<float*>(to));
+    case DecoderProduct::kHead:
+      return p.head(static_cast<float*>(to));
+  }
 }
 
 // out [d padded to 16, pads zero] = x [d] at a position (half-rotation layout).
@@ -148,197 +201,220 @@ void rotate(const float* x, const float* cosine, const float* sine, int64_t dim,
   for (int64_t i = dim; i < round_up(dim, 16); ++i) out[i] = 0.0f;
 }
 
-// Keys or values of a head of a sequence and layer.
+// A head of a sequence and layer in a cache.
 template <typename F>
-typename F::Word* keys_of(const Decoder& m, const DecoderCache& cache, int64_t layer,
-                          int64_t sequence, int64_t head) {
-  const int64_t size = round_up(cache.capacity, kKeyGroup) * words_for<F>(m.head_dim);
-  return static_cast<typename F::Word*>(cache.k) +
-         ((layer * cache.sequences + sequence) * m.kv_heads + head) * size;
-}
-template <typename F>
-typename F::Word* values_of(const Decoder& m, const DecoderCache& cache, int64_t layer,
-                            int64_t sequence, int64_t head) {
-  const int64_t size = words_for<F>(cache.capacity) * round_up(m.head_dim, 16);
-  return static_cast<typename F::Word*>(cache.v) +
-         ((layer * cache.sequences + sequence) * m.kv_heads + head) * size;
-}
+struct CachePlace {
+  typename F::Word *k, *v;
 
-// What put_column wrote.
-template <typename F>
-float column_value(const typename F::Word* words, int64_t stride, int64_t n, int64_t lane) {
-  if constexpr (F::kPerWord == 2) {
-    const uint32_t word = words[n / 2 * stride + lane];
-    return __builtin_bit_cast(float, n % 2 == 0 ? word << 16 : word & 0xffff0000u);
-  } else {
-    return words[(F::kSwapped ? n ^ 1 : n) * stride + lane];
-  }
-}
-
-template <typename F>
-void copy_position(const Decoder& m, const DecoderCache& from, int64_t sequence, int64_t position,
-                   const DecoderCache& to, int64_t to_sequence, int64_t to_position) {
-  const int64_t words = words_for<F>(m.head_dim), padded = round_up(m.head_dim, 16);
-  const auto column = [&](typename F::Word* keys, int64_t n) {
-    return keys + n / kKeyGroup * kKeyGroup * words + n % kKeyGroup;
-  };
-  for (int64_t layer = 0; layer < m.layers; ++layer) {
-    for (int64_t head = 0; head < m.kv_heads; ++head) {
-      const auto* k = column(keys_of<F>(m, from, layer, sequence, head), position);
-      auto* to_k = column(keys_of<F>(m, to, layer, to_sequence, head), to_position);
-      for (int64_t w = 0; w < words; ++w) to_k[w * kKeyGroup] = k[w * kKeyGroup];
-      const auto* v = values_of<F>(m, from, layer, sequence, head);
-      auto* to_v = values_of<F>(m, to, layer, to_sequence, head);
-      for (int64_t i = 0; i < padded; ++i) {
-        put_column<F>(to_v, padded, to_position, i, column_value<F>(v, padded, position, i));
-      }
-    }
-  }
-}
-
-template <typename F>
-class Attention {
- public:
-  using Word = typename F::Word;
-
-  Attention(const Decoder& m, const DecoderCache& shared, const DecoderCache& own, int64_t layer)
-      : m_(m), shared_(shared), own_(own), layer_(layer) {}
-
-  // One row: its key and value go to its cache; out [D] words are what its queries find. `next` is
-  // the row that comes after.
-  void row(const DecoderRow& row, const DecoderRow& next, const float* qkv, Word* q, float* heads,
-           float* scratch, Word* out) const {
-    const int64_t dim = m_.head_dim, padded = round_up(dim, 16), group = m_.heads / m_.kv_heads;
-    const float* cosine = m_.rotary + row.position * dim;
-    const float* sine = cosine + m_.positions * dim;
-    float* spare = heads + m_.heads * padded;
-    for (int64_t h = 0; h < m_.heads; ++h) {
-      rotate(qkv + h * dim, cosine, sine, dim, spare);
-      put_row<F>(q + h * padded, spare, padded);
-    }
-    const double root = __builtin_sqrt(static_cast<double>(dim));
-    const float scale = static_cast<float>(0x1.71547652b82fep+0 * (1.0 / root));
-    for (int64_t h = 0; h < m_.kv_heads; ++h) {
-      rotate(qkv + (m_.heads + h) * dim, cosine, sine, dim, spare);
-      append(row, h, spare, qkv + (m_.heads + m_.kv_heads + h) * dim, spare + padded);
-      const Segment<F> shared = segment(shared_, row.shared, h, row.shared_count);
-      Segment<F> own = segment(own_, row.own, h, row.own_count);
-      const bool last = h + 1 == m_.kv_heads;
-      own.next_k = keys(own_, last ? next.own : row.own, last ? 0 : h + 1);
-      own.next_v = values(own_, last ? next.own : row.own, last ? 0 : h + 1);
-      for (int64_t j = h * group; j < (h + 1) * group;) {
-        j += attend_some<F>(heads + j * padded, q + j * padded, (h + 1) * group - j, shared, own,
-                            dim, scale, scratch);
-      }
-    }
-    // Heads side by side, without their pads.
-    float* merged = spare + 2 * padded;
-    for (int64_t h = 0; h < m_.heads; ++h) {
-      for (int64_t i = 0; i < dim; ++i) merged[h * dim + i] = heads[h * padded + i];
-    }
-    for (int64_t i = m_.hidden; i < round_up(m_.hidden, 16); ++i) merged[i] = 0.0f;
-    put_row<F>(out, merged, round_up(m_.hidden, 16));
+  CachePlace(const Decoder& m, const DecoderCache& cache, int64_t layer, int64_t sequence,
+             int64_t head) {
+    const int64_t at = (layer * cache.sequences + sequence) * m.kv_heads + head;
+    k = static_cast<typename F::Word*>(cache.k) +
+        at * keys_words(cache.capacity, words_for<F>(m.head_dim));
+    v = static_cast<typename F::Word*>(cache.v) +
+        at * values_words<F>(cache.capacity, m.head_dim);
   }
 
- private:
-  Word* keys(const DecoderCache& cache, int64_t sequence, int64_t head) const {
-    return keys_of<F>(m_, cache, layer_, sequence, head);
-  }
-
-  Word* values(const DecoderCache& cache, int64_t sequence, int64_t head) const {
-    return values_of<F>(m_, cache, layer_, sequence, head);
-  }
-
-  Segment<F> segment(const DecoderCache& cache, int64_t sequence, int64_t head,
-                     int64_t count) const {
-    if (count == 0) return {nullptr, nullptr, 0, nullptr, nullptr};
-    const Word *k = keys(cache, sequence, head), *v = values(cache, sequence, head);
-    return {k, v, count, k, v};
-  }
-
-  void append(const DecoderRow& row, int64_t head, const float* k, const float* v,
-              float* spare) const {
-    const int64_t dim = m_.head_dim, padded = round_up(dim, 16), n = row.own_count - 1;
-    Word* words = reinterpret_cast<Word*>(spare);
-    put_row<F>(words, k, padded);
-    const int64_t count = words_for<F>(dim);
-    Word* column = keys(own_, row.own, head) + n / kKeyGroup * kKeyGroup * count + n % kKeyGroup;
+  // k, v [d padded to 16] floats, pads zero, of the slot at `index`; v is rounded in place, and
+  // words is space. The other half of a pair of values stays.
+  void put(int64_t dim, int64_t index, const float* key, float* value,
+           typename F::Word* words) const {
+    const int64_t padded = round_up(dim, 16), count = words_for<F>(dim);
+    put_row<F>(words, key, padded);
+    typename F::Word* column = k + index / kKeyGroup * kKeyGroup * count + index % kKeyGroup;
     for (int64_t w = 0; w < count; ++w) column[w * kKeyGroup] = words[w];
-    Word* to = values(own_, row.own, head);
-    for (int64_t i = 0; i < dim; ++i) spare[i] = v[i];
-    for (int64_t i = dim; i < padded; ++i) spare[i] = 0.0f;
     for (int64_t i = 0; i < padded; i += kWidth) {
-      store_vector(spare + i, F::rounded(load_vector(spare + i)));
+      store_vector(value + i, F::rounded(load_vector(value + i)));
     }
-    for (int64_t i = 0; i < padded; ++i) put_column<F>(to, padded, n, i, spare[i]);
+    put_value(padded, index, value);
   }
 
-  const Decoder& m_;
-  const DecoderCache &shared_, &own_;
-  int64_t layer_;
+  void put_value(int64_t padded, int64_t index, const float* rounded) const {
+    for (int64_t i = 0; i < padded; ++i) put_column<F>(v, padded, index, i, rounded[i]);
+  }
 };
 
+// Raw rows of the policy's dtype.
 template <typename F>
-void layers(const Decoder& m, const DecoderCache& shared, const DecoderCache& own,
-            const DecoderRow* rows, int64_t count, float* x, float* scratch) {
-  using Word = typename F::Word;
-  const ProductScope<F> scope;
-  const Space s = space_of(m, count, 0);
-  float *c = scratch + s.tile, *qkv = scratch + s.qkv;
-  Word *h = reinterpret_cast<Word*>(scratch + s.h), *a = reinterpret_cast<Word*>(scratch + s.a);
-  const int64_t width = qkv_width(m), stride = round_up(width, 16);
-  const int64_t matrix = packed_words<F>(m.hidden, m.hidden);
-  for (int64_t layer = 0; layer < m.layers; ++layer) {
-    const auto weight = [&](const void* all, int64_t index, int64_t words) {
-      return static_cast<const Word*>(all) + index * words;
-    };
-    const float* norms = m.norms + 2 * layer * round_up(m.hidden, 16);
-    norm_rows<F>(x, count, m.hidden, norms, m.eps, h);
-    product<F>(h, count, m.hidden, weight(m.qkv, layer, packed_words<F>(width, m.hidden)), width, c,
-               [&](int64_t first, int64_t lanes, const float* tile) {
-                 for (int64_t row = 0; row < count; ++row) {
-                   for (int64_t i = 0; i < lanes; i += kWidth) {
-                     store_vector(qkv + row * stride + first + i,
-                                  load_vector(tile + row * kPanel + i));
-                   }
-                 }
-               });
-    const Attention<F> attention(m, shared, own, layer);
-    for (int64_t row = 0; row < count; ++row) {
-      attention.row(rows[row], rows[at_most(row + 1, count - 1)], qkv + row * stride,
-                    reinterpret_cast<Word*>(scratch + s.q), scratch + s.heads,
-                    scratch + s.attention, h + row * row_words<F>(m.hidden));
+constexpr Dtype kRaw = F::kPerWord == 2 || F::kSwapped ? Dtype::kBFloat16 : Dtype::kFloat32;
+
+template <typename F>
+void* raw_row(void* rows, int64_t at) {
+  return static_cast<char*>(rows) + at * (kRaw<F> == Dtype::kBFloat16 ? 2 : 4);
+}
+
+// A position's rotation, and space for a head.
+struct Rotation {
+  const float *cosine, *sine;
+  int64_t dim;
+
+  Rotation(const Decoder& m, int64_t position)
+      : cosine(m.rotary + position * m.head_dim),
+        sine(cosine + m.positions * m.head_dim),
+        dim(m.head_dim) {}
+  void operator()(const float* x, float* out) const { rotate(x, cosine, sine, dim, out); }
+};
+
+inline void padded_copy(const float* x, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = x[i];
+  for (int64_t i = n; i < round_up(n, 16); ++i) out[i] = 0.0f;
+}
+
+template <typename F>
+void append(const Decoder& m, int64_t layer, const DecoderCache& own, const DecoderRow* rows,
+            const float* qkv, int64_t begin, int64_t end, typename F::Word* q, void* raw,
+            float* scratch) {
+  const int64_t dim = m.head_dim, padded = round_up(dim, 16), stride = round_up(qkv_width(m), 16);
+  float *key = scratch, *value = scratch + padded;
+  auto* words = reinterpret_cast<typename F::Word*>(value + padded);
+  for (int64_t row = begin; row < end; ++row) {
+    const float* in = qkv + row * stride;
+    const Rotation turn(m, rows[row].position);
+    for (int64_t h = 0; h < m.heads; ++h) {
+      turn(in + h * dim, key);
+      put_row<F>(q + (row * m.heads + h) * padded, key, padded);
+      if (raw != nullptr) store_row(raw, kRaw<F>, (row * m.heads + h) * dim, key, dim);
     }
-    add_product<F>(h, count, m.hidden, weight(m.out, layer, matrix), m.hidden, c, x);
-    norm_rows<F>(x, count, m.hidden, norms + round_up(m.hidden, 16), m.eps, h);
-    const int64_t half = packed_words<F>(m.mlp, m.hidden);
-    mlp<F>(m, h, count, weight(m.gate_up, 2 * layer, half), weight(m.gate_up, 2 * layer + 1, half),
-           c, a);
-    add_product<F>(a, count, m.mlp, weight(m.down, layer, packed_words<F>(m.hidden, m.mlp)),
-                   m.hidden, c, x);
+    for (int64_t h = 0; h < m.kv_heads; ++h) {
+      turn(in + (m.heads + h) * dim, key);
+      padded_copy(in + (m.heads + m.kv_heads + h) * dim, dim, value);
+      CachePlace<F>(m, own, layer, rows[row].sequence, h)
+          .put(dim, rows[row].index, key, value, words);
+    }
+  }
+}
+
+// Where a sequence's head begins in rows [slots][d].
+inline int64_t rows_at(const Decoder& m, const DecoderRows& cache, int64_t layer, int64_t sequence,
+                       int64_t head, int64_t slot) {
+  return (((layer * cache.sequences + sequence) * m.kv_heads + head) * cache.capacity + slot) *
+         m.head_dim;
+}
+
+template <typename F>
+void append_rows(const Decoder& m, int64_t layer, const DecoderRows& cache, int64_t sequence,
+                 const int64_t* positions, const int64_t* slots, const float* qkv, int64_t begin,
+                 int64_t end, void* raw, float* scratch) {
+  const int64_t dim = m.head_dim, stride = round_up(qkv_width(m), 16);
+  for (int64_t row = begin; row < end; ++row) {
+    const float* in = qkv + row * stride;
+    const Rotation turn(m, positions[row]);
+    for (int64_t h = 0; h < m.heads; ++h) {
+      turn(in + h * dim, scratch);
+      store_row(raw, kRaw<F>, (row * m.heads + h) * dim, scratch, dim);
+    }
+    for (int64_t h = 0; h < m.kv_heads; ++h) {
+      const int64_t at = rows_at(m, cache, layer, sequence, h, slots[row]);
+      turn(in + (m.heads + h) * dim, scratch);
+      store_row(cache.k, kRaw<F>, at, scratch, dim);
+      store_row(cache.v, kRaw<F>, at, in + (m.heads + m.kv_heads + h) * dim, dim);
+    }
   }
 }
 
 template <typename F>
-void logits(const Decoder& m, const float* x, int64_t count, float* out, float* scratch) {
+void place(const Decoder& m, const DecoderRows& from, int64_t sequence, int64_t slot,
+           const DecoderCache& to, int64_t to_sequence, int64_t to_index) {
+  alignas(64) float key[256], value[256];  // ops/decoder.cpp refuses larger heads
+  alignas(64) typename F::Word words[256];
+  for (int64_t layer = 0; layer < m.layers; ++layer) {
+    for (int64_t h = 0; h < m.kv_heads; ++h) {
+      const int64_t at = rows_at(m, from, layer, sequence, h, slot);
+      load_row(key, from.k, kRaw<F>, at, m.head_dim);
+      load_row(value, from.v, kRaw<F>, at, m.head_dim);
+      CachePlace<F>(m, to, layer, to_sequence, h).put(m.head_dim, to_index, key, value, words);
+    }
+  }
+}
+
+template <typename F>
+void clear(const Decoder& m, const DecoderCache& own, int64_t sequence, int64_t index,
+           int64_t count) {
+  const int64_t padded = round_up(m.head_dim, 16);
+  alignas(64) const float zeros[256] = {};
+  for (int64_t layer = 0; layer < m.layers; ++layer) {
+    for (int64_t h = 0; h < m.kv_heads; ++h) {
+      const CachePlace<F> head(m, own, layer, sequence, h);
+      for (int64_t i = 0; i < count;) {
+        const int64_t at = (index + i) % own.capacity;
+        if (at % 2 == 0 && i + 1 < count) {
+          const int64_t first = words_of<F>(at, F::kSwapped), last = words_for<F>(at + 2);
+          __builtin_memset(head.v + first * padded, 0,
+                           sizeof(float) * static_cast<uint64_t>((last - first) * padded));
+          i += 2;
+        } else {
+          head.put_value(padded, at, zeros);
+          ++i;
+        }
+      }
+    }
+  }
+}
+
+template <typename F>
+void attend(const Decoder& m, const AttentionMask& mask, int64_t layer, const DecoderCache& tails,
+            const DecoderCache& own, const DecoderMember& member, int64_t head,
+            const typename F::Word* q, const float* state, float* merged, float* scratch) {
   const ProductScope<F> scope;
-  const Space s = space_of(m, count, 0);
-  auto* h = reinterpret_cast<typename F::Word*>(scratch + s.h);
-  norm_rows<F>(x, count, m.hidden, m.last, m.eps, h);
-  product<F>(h, count, m.hidden, m.head, m.codes, scratch + s.tile,
-             [&](int64_t first, int64_t lanes, const float* tile) {
-               const uint64_t bytes = 4 * static_cast<uint64_t>(at_most(lanes, m.codes - first));
-               for (int64_t row = 0; row < count; ++row) {
-                 __builtin_memcpy(out + row * m.codes + first, tile + row * kPanel, bytes);
-               }
-             });
+  const int64_t dim = m.head_dim, padded = round_up(dim, 16), group = m.heads / m.kv_heads;
+  const double root = __builtin_sqrt(static_cast<double>(dim));
+  const float scale = static_cast<float>(0x1.71547652b82fep+0 * (1.0 / root));
+  const CachePlace<F> mine(m, own, layer, member.sequence, head);
+  const CachePlace<F> next(m, own, layer, member.sequence, (head + 1) % m.kv_heads);
+  CacheHead<F> keys{nullptr, nullptr,     mine.k,      mine.v,      next.k,
+                    next.v,  member.base, member.tail, own.capacity};
+  if (member.tail > 0) {
+    const CachePlace<F> tail(m, tails, layer, member.prompt, head);
+    keys.tail_k = tail.k;
+    keys.tail_v = tail.v;
+  }
+  float* sums = scratch + attention_scratch(dim);
+  const int64_t total = member.count * group;  // queries, of a row next to each other
+  for (int64_t begin = 0; begin < total; begin += kQueries) {
+    CacheQuery<F> queries[kQueries];
+    const int64_t count = at_most(kQueries, total - begin);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t row = (begin + i) / group, h = head * group + (begin + i) % group;
+      queries[i].q = q + ((member.first + row) * m.heads + h) * padded;
+      queries[i].reach = member.reach + row;
+      queries[i].sums = sums + i * padded;
+      const float* before =
+          state == nullptr ? nullptr : state + (begin + i) * decode_state(dim);
+      begin_query(queries[i], before, dim);
+    }
+    attend_queries<F>(queries, count, keys, mask, dim, scale, scratch);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t row = (begin + i) / group, h = head * group + (begin + i) % group;
+      float* to = merged + (member.first + row) * round_up(m.hidden, 16) + h * dim;
+      const float inverse = 1.0f / queries[i].softmax.l;
+      for (int64_t d = 0; d < dim; ++d) to[d] = queries[i].sums[d] * inverse;
+    }
+  }
+}
+
+template <typename F>
+void round_rows(const Decoder& m, const float* merged, int64_t begin, int64_t end,
+                typename F::Word* h) {
+  const int64_t stride = round_up(m.hidden, 16);
+  for (int64_t row = begin; row < end; ++row) {
+    put_row<F>(h + row * row_words<F>(m.hidden), merged + row * stride, stride);
+  }
+}
+
+template <typename F>
+void words_of_rows(const Decoder& m, const void* raw, int64_t begin, int64_t end,
+                   typename F::Word* h, float* scratch) {
+  for (int64_t row = begin; row < end; ++row) {
+    load_row(scratch, raw, kRaw<F>, row * m.hidden, m.hidden);
+    put_row<F>(h + row * row_words<F>(m.hidden), scratch, round_up(m.hidden, 16));
+  }
 }
 
 }  // namespace
 
-DecoderSizes decoder_sizes(const Decoder& m, int64_t rows, int64_t capacity, int64_t seen) {
-  return m.bfloat16 ? sizes_of<BFloat16Words>(m, rows, capacity, seen)
-                    : sizes_of<Plain>(m, rows, capacity, seen);
+DecoderSizes decoder_sizes(const Decoder& m, int64_t rows, int64_t capacity) {
+  return m.bfloat16 ? sizes_of<BFloat16Words>(m, rows, capacity)
+                    : sizes_of<Plain>(m, rows, capacity);
 }
 
 void decoder_pack(const Matrix& weight, int64_t outputs, int64_t depth, bool bfloat16,
@@ -347,23 +423,72 @@ void decoder_pack(const Matrix& weight, int64_t outputs, int64_t depth, bool bfl
            : pack<Plain>(weight, outputs, depth, packed);
 }
 
-void decoder_copy(const Decoder& m, const DecoderCache& from, int64_t sequence, int64_t position,
-                  const DecoderCache& to, int64_t to_sequence, int64_t to_position) {
-  (m.bfloat16 ? copy_position<BFloat16Words> : copy_position<Plain>)(m, from, sequence, position,
-                                                                     to, to_sequence, to_position);
+void decoder_norm(const Decoder& m, const float* weight, const float* x, int64_t begin,
+                  int64_t end, void* h) {
+  m.bfloat16 ? norm_rows<BFloat16Words>(x, begin, end, m.hidden, weight, m.eps,
+                                        static_cast<BFloat16Words::Word*>(h))
+             : norm_rows<Plain>(x, begin, end, m.hidden, weight, m.eps, static_cast<float*>(h));
 }
 
-void decoder_layers(const Decoder& m, const DecoderCache& shared, const DecoderCache& own,
-                    const DecoderRow* rows, int64_t count, float* x, void* scratch) {
-  float* space = static_cast<float*>(scratch);
-  m.bfloat16 ? layers<BFloat16Words>(m, shared, own, rows, count, x, space)
-             : layers<Plain>(m, shared, own, rows, count, x, space);
+void decoder_multiply(const Decoder& m, DecoderProduct which, int64_t layer, const void* h,
+                      int64_t count, int64_t begin, int64_t end, void* to, void* scratch) {
+  (m.bfloat16 ? multiply<BFloat16Words> : multiply<Plain>)(m, which, layer, h, count, begin, end,
+                                                           to, static_cast<float*>(scratch));
 }
 
-void decoder_logits(const Decoder& m, const float* x, int64_t count, float* out, void* scratch) {
+void decoder_append(const Decoder& m, int64_t layer, const DecoderCache& own,
+                    const DecoderRow* rows, const float* qkv, int64_t begin, int64_t end, void* q,
+                    void* raw, void* scratch) {
   float* space = static_cast<float*>(scratch);
-  m.bfloat16 ? logits<BFloat16Words>(m, x, count, out, space)
-             : logits<Plain>(m, x, count, out, space);
+  m.bfloat16 ? append<BFloat16Words>(m, layer, own, rows, qkv, begin, end,
+                                     static_cast<BFloat16Words::Word*>(q), raw, space)
+             : append<Plain>(m, layer, own, rows, qkv, begin, end, static_cast<float*>(q), raw,
+                             space);
+}
+
+void decoder_append_rows(const Decoder& m, int64_t layer, const DecoderRows& cache,
+                         int64_t sequence, const int64_t* positions, const int64_t* slots,
+                         const float* qkv, int64_t begin, int64_t end, void* raw, void* scratch) {
+  (m.bfloat16 ? append_rows<BFloat16Words> : append_rows<Plain>)(
+      m, layer, cache, sequence, positions, slots, qkv, begin, end, raw,
+      static_cast<float*>(scratch));
+}
+
+void decoder_place(const Decoder& m, const DecoderRows& from, int64_t sequence, int64_t slot,
+                   const DecoderCache& to, int64_t to_sequence, int64_t to_index) {
+  (m.bfloat16 ? place<BFloat16Words> : place<Plain>)(m, from, sequence, slot, to, to_sequence,
+                                                     to_index);
+}
+
+void decoder_clear(const Decoder& m, const DecoderCache& own, int64_t sequence, int64_t index,
+                   int64_t count) {
+  (m.bfloat16 ? clear<BFloat16Words> : clear<Plain>)(m, own, sequence, index, count);
+}
+
+void decoder_attend(const Decoder& m, const AttentionMask& mask, int64_t layer,
+                    const DecoderCache& tails, const DecoderCache& own,
+                    const DecoderMember& member, int64_t head, const void* q, const float* state,
+                    float* merged, void* scratch) {
+  float* space = static_cast<float*>(scratch);
+  m.bfloat16 ? attend<BFloat16Words>(m, mask, layer, tails, own, member, head,
+                                     static_cast<const BFloat16Words::Word*>(q), state, merged,
+                                     space)
+             : attend<Plain>(m, mask, layer, tails, own, member, head,
+                             static_cast<const float*>(q), state, merged, space);
+}
+
+void decoder_round(const Decoder& m, const float* merged, int64_t begin, int64_t end, void* h) {
+  m.bfloat16
+      ? round_rows<BFloat16Words>(m, merged, begin, end, static_cast<BFloat16Words::Word*>(h))
+      : round_rows<Plain>(m, merged, begin, end, static_cast<float*>(h));
+}
+
+void decoder_words(const Decoder& m, const void* raw, int64_t begin, int64_t end, void* h,
+                   void* scratch) {
+  float* space = static_cast<float*>(scratch);
+  m.bfloat16 ? words_of_rows<BFloat16Words>(m, raw, begin, end,
+                                            static_cast<BFloat16Words::Word*>(h), space)
+             : words_of_rows<Plain>(m, raw, begin, end, static_cast<float*>(h), space);
 }
 
 }  // namespace rlir::cpu::RLIR_ISA

@@ -74,20 +74,16 @@ inline void put_row(typename F::Word* row, const float* x, int64_t n) {
   for (int64_t k = 0; k < n; k += kWidth) F::put(row, k, F::rounded(load_vector(x + k)));
 }
 
-// Position n (from 0) of a column of words: what came at the other half of its pair stays, and
-// the half that is to come is zero, whatever was there.
+// Position n (from 0) of a column of words; what is at the other half of its pair stays.
 template <typename F>
 inline void put_column(typename F::Word* words, int64_t stride, int64_t n, int64_t lane,
                        float rounded) {
   if constexpr (F::kPerWord == 2) {
     const uint32_t bits = __builtin_bit_cast(uint32_t, rounded) >> 16;
     typename F::Word* word = words + n / 2 * stride + lane;
-    *word = n % 2 == 0 ? bits : (*word & 0xffffu) | bits << 16;
-  } else if constexpr (F::kSwapped) {
-    words[(n ^ 1) * stride + lane] = rounded;
-    if (n % 2 == 0) words[n * stride + lane] = 0.0f;
+    *word = n % 2 == 0 ? (*word & 0xffff0000u) | bits : (*word & 0xffffu) | bits << 16;
   } else {
-    words[n * stride + lane] = rounded;
+    words[(F::kSwapped ? n ^ 1 : n) * stride + lane] = rounded;
   }
 }
 

@@ -49,8 +49,9 @@ struct PackedFormat {
   explicit PackedFormat(bool rounds) : bfloat16(rounds) {
     cpu::Decoder any{};
     any.bfloat16 = rounds;
-    any.head_dim = 2;
-    const cpu::DecoderSizes sizes = RLIR_CPU_KERNEL_AMX(decoder_sizes)(any, 1, 1, 1);
+    any.head_dim = any.hidden = 2;
+    any.heads = any.kv_heads = 1;
+    const cpu::DecoderSizes sizes = RLIR_CPU_KERNEL_AMX(decoder_sizes)(any, 1, 1);
     panel = sizes.panel;
     values_per_word = sizes.values_per_word;
   }

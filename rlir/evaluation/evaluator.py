@@ -15,6 +15,8 @@ from rlir.grpo.reward import draw
 from rlir.models.load import Models
 from rlir.models.world_model import WorldModel
 from rlir.rollout.engine import RolloutEngine, rollout_seed
+from rlir.rollout.sampling import Sampling
+from rlir.rollout.trajectories import prompts_of
 from rlir.tracing import span
 from rlir.training import check_seed
 
@@ -106,9 +108,8 @@ class Evaluator:
         for i in range(0, count, batch):
             rows = torch.arange(i, min(i + batch, count))
             drawn = engine.rollout(
-                self.codes[rows, 0],
-                self.actions[rows],
-                temperature=self.config.temperature,
+                prompts_of(self.codes[rows, 0], self.actions[rows]),
+                sampling=Sampling(self.config.temperature),
                 seed=rollout_seed(self.config.seed, EVALUATION + seed),
                 row_ids=rows,
             )

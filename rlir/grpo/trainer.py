@@ -29,8 +29,10 @@ from rlir.models.tokenizer import Tokenizer
 from rlir.models.world_model import WorldModel
 from rlir.ops import group_advantage
 from rlir.rollout.engine import RolloutEngine, rollout_seed
-from rlir.rollout.loop import Rollouts, inference_copy
+from rlir.rollout.loop import inference_copy
 from rlir.rollout.parity import Parity, compare, token_logprob
+from rlir.rollout.sampling import Sampling
+from rlir.rollout.trajectories import Trajectories, prompts_of
 from rlir.tracing import span
 from rlir.training import STATE, InterruptedRun, interruptible, make_optimizer, step_generator
 
@@ -104,7 +106,7 @@ class GrpoTrainer:
         count = self.config.kept or len(weight)
         return weight.argsort(descending=True, stable=True)[:count].sort().values
 
-    def roll_out(self, generator: torch.Generator) -> tuple[Rollouts, Tensor, Reward, Tensor]:
+    def roll_out(self, generator: torch.Generator) -> tuple[Trajectories, Tensor, Reward, Tensor]:
         """Rollouts, their commanded actions [B, T, F], their reward and the prompts' starts."""
         config = self.config
         picked = torch.randint(len(self.starts), (config.prompts,), generator=generator)
@@ -113,10 +115,9 @@ class GrpoTrainer:
         actions = self.clips.clip(self.clips.actions, starts, config.frames)[:, :-1]
         begin = time.perf_counter()
         rollouts = RolloutEngine(self.model).rollout(
-            prompts,
-            actions,
+            prompts_of(prompts, actions),
             group_size=config.group_size,
-            temperature=config.temperature,
+            sampling=Sampling(config.temperature),
             seed=rollout_seed(config.seed, self.step),
         )
         middle = time.perf_counter()
@@ -151,7 +152,7 @@ class GrpoTrainer:
         return F.cross_entropy(logits.flatten(0, 2), codes[:, 1:].flatten())
 
     def _minibatch(
-        self, rows: Tensor, rollouts: Rollouts, blocks: Tensor, advantages: Tensor
+        self, rows: Tensor, rollouts: Trajectories, blocks: Tensor, advantages: Tensor
     ) -> tuple[LossStatistics, Parity]:
         """Accumulate the gradient of one minibatch, microbatch by microbatch. Also says how far
         the policy is from the one that rolled out.

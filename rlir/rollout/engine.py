@@ -1,15 +1,18 @@
-"""Group rollouts in one native call a frame: all layers, all tokens, sampling included.
+"""Group rollouts out of one key-value cache: native calls that take all layers, tokens and the
+sampling of a frame.
 
 What a rollout draws depends on its prompt, its actions, the seed and its row id alone: not on the
-batch, the order, the number of threads or the instruction set. ``rlir.rollout.loop`` is the same in
-plain PyTorch and the reference; the two differ by rounding alone. docs/rollout.md has the design.
+batch, the order, the memory limit, the number of threads or the instruction set.
+``rlir.rollout.stepwise`` is the same out of public ops. docs/rollout.md has the design.
 
-Legend: P prompts, G group size, B = P G rollouts, L frames with the prompt, S visual tokens,
-A action tokens, D hidden size.
+Legend: P prompts, G group size, B = P G rollouts, L frames with the context, S visual tokens, A
+action tokens, S' slots of an image, D hidden size.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +21,21 @@ from torch import Tensor
 from rlir import _library
 from rlir.errors import InputError
 from rlir.models.stem import packed_stem
-from rlir.models.world_model import WorldModel
-from rlir.rollout import loop
-from rlir.rollout.loop import (
-    RolloutOptions,
-    Rollouts,
-    check_rollout,
-    inference_copy,
-    row_numbers,
-)
+from rlir.models.world_model import WorldModel, rotary_table
+from rlir.rollout.groups import Group, Pool, groups_of
+from rlir.rollout.memory import MemoryPlan, limit_of, refuse
+from rlir.rollout.sampling import Sampling
+from rlir.rollout.schedule import Plan, Schedule, sequential
+from rlir.rollout.stream import fed_tokens, given_tokens
+from rlir.rollout.trajectories import NOTHING, Prompt, Trajectories
 from rlir.tracing import span
+
+OnGroup = Callable[[int, Trajectories], object]
+_LARGE = 48 * 2**20
+"""Bytes of weights beyond which all threads share every product: what the caches of a few cores
+hold is read once a thread, what they do not is read once."""
+_KEYS = 128
+"""Slots of a block of keys: csrc/cpu/video_attention.h."""
 
 
 def rollout_seed(seed: int, number: int) -> int:
@@ -35,47 +43,73 @@ def rollout_seed(seed: int, number: int) -> int:
     return seed << 32 | number
 
 
-@dataclass(frozen=True)
-class _Packed:
-    """Weights and sizes as an op wants them: csrc/ops/decoder.cpp, csrc/ops/stem.cpp."""
-
-    weights: list[Tensor]
-    sizes: list[int]
-
-
 def _padded(x: Tensor) -> Tensor:
     """float32, the last dimension padded with zeros to whole groups of 16."""
     return F.pad(x.float(), (0, -x.shape[-1] % 16)).contiguous()
 
 
-def _pack(matrices: Sequence[Tensor], rounds: bool) -> Tensor:
-    """Matrices of one shape in the panels of csrc/cpu/product.h."""
-    return torch.ops.rlir._decoder_pack.default(torch.stack(list(matrices)), rounds)
+def _pack(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Matrices of one shape, rounded, in the panels of csrc/cpu/product.h."""
+    out = None
+    for i, matrix in enumerate(matrices):
+        one = torch.ops.rlir._decoder_pack.default(matrix.to(dtype)[None], dtype == torch.bfloat16)
+        if len(matrices) == 1:
+            return one
+        if out is None:
+            out = one.new_empty(len(matrices), *one.shape[1:])
+            torch.ops.rlir._huge_pages.default(out)
+        out[i] = one[0]
+    assert out is not None
+    return out
 
 
-def _pack_decoder(policy: WorldModel, rounds: bool) -> _Packed:
-    config, layers = policy.config, policy.decoder_layers()
-
-    def packed(*matrices: Tensor) -> Tensor:
-        return _pack(matrices, rounds)
-
+def _pack_decoder(model: WorldModel, dtype: torch.dtype) -> list[Tensor]:
+    """Weights in the order of csrc/ops/decoder.cpp, but for the rotary table."""
+    layers = model.decoder_layers()
     norms = [(x.input_layernorm.weight, x.post_attention_layernorm.weight) for x in layers]
-    weights = [
-        _padded(policy.embed_tokens.weight),
-        _padded(policy.embed_slots.weight),
-        _padded(torch.stack([torch.stack(pair) for pair in norms])),
-        _padded(policy.norm.weight),
-        policy.rotary.float().contiguous(),
-        packed(*(x.self_attn.qkv_proj.weight for x in layers)),
-        packed(*(x.self_attn.o_proj.weight for x in layers)),
-        packed(*(half for x in layers for half in x.gate_up_proj.weight.chunk(2))),
-        packed(*(x.down_proj.weight for x in layers)),
-        packed(policy.lm_head.weight),
+    slots = getattr(model, "embed_slots", None)
+    return [
+        _padded(model.embed_tokens.weight.to(dtype)),
+        torch.empty(0) if slots is None else _padded(slots.weight.to(dtype)),
+        _padded(torch.stack([torch.stack(pair) for pair in norms]).to(dtype)),
+        _padded(model.norm.weight.to(dtype)),
+        _pack([x.self_attn.qkv_proj.weight for x in layers], dtype),
+        _pack([x.self_attn.o_proj.weight for x in layers], dtype),
+        _pack([half for x in layers for half in x.gate_up_proj.weight.chunk(2)], dtype),
+        _pack([x.down_proj.weight for x in layers], dtype),
+        _pack([model.lm_head.weight[: model.config.codes]], dtype),
     ]
-    sizes = [config.hidden, config.layers, config.heads, config.kv_heads, config.mlp, config.codes]
-    vocabulary = policy.embed_tokens.num_embeddings
-    sizes += [vocabulary, config.tokens, config.block, config.positions, int(rounds)]
-    return _Packed(weights, sizes)
+
+
+@dataclass
+class _Caches:
+    """Keys and values: csrc/cpu/decoder.h."""
+
+    prompt_k: Tensor
+    prompt_v: Tensor
+    tail_k: Tensor
+    tail_v: Tensor
+    k: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A call of ``rollout``, checked."""
+
+    groups: list[Group]
+    group_size: int
+    plan: Plan
+    sampling: Sampling
+    seed: int
+    row_ids: Tensor
+    window: int | None
+    on_group: OnGroup | None
+
+    @property
+    def length(self) -> int:
+        """Frames of the longest rollout."""
+        return max((group.frames for group in self.groups), default=1)
 
 
 class RolloutEngine:
@@ -84,101 +118,421 @@ class RolloutEngine:
     Weights are rounded to ``dtype`` and packed once. In bfloat16 the operands of products (weights,
     activations, keys and values) are bfloat16; sums, the residual stream, norms, softmax and logits
     are float32. Weights are packed for the instruction set in use, and only serve that.
+
+    Args:
+        model: on the CPU; its weights are copied.
+        dtype: bfloat16 or float32.
+        max_bytes: of weights, caches, work space and results of a rollout; by default 0.8 of the
+            memory that is available when one starts.
     """
 
-    def __init__(self, model: WorldModel, dtype: torch.dtype = torch.bfloat16):
+    def __init__(
+        self,
+        model: WorldModel,
+        dtype: torch.dtype = torch.bfloat16,
+        *,
+        max_bytes: int | None = None,
+    ):
         if dtype not in (torch.bfloat16, torch.float32):
             raise InputError(f"rollout: dtype must be bfloat16 or float32, got {dtype}")
-        self.policy = inference_copy(model, dtype)
+        if max_bytes is not None and max_bytes < 1:
+            raise InputError(f"rollout: max_bytes must be at least 1 or None, got {max_bytes}")
+        self.config, self.dtype, self.max_bytes = model.config, dtype, max_bytes
+        self.action_tokens = model.action_tokens
         self.native = _library.PATH is not None
+        self._action_ids = model.action_ids
+        if not self.native:
+            from rlir.rollout.stepwise import StepwiseEngine
+
+            self._slow = StepwiseEngine(model, dtype)
+            return
         with torch.inference_mode():
-            if self.native:
-                self._packed = _pack_decoder(self.policy, dtype == torch.bfloat16)
-                self._stem = _Packed(*packed_stem(self.policy.stem, dtype))
+            self._weights = _pack_decoder(model, dtype)
+            stem = getattr(model, "stem", None)
+            self._stem = None if stem is None else packed_stem(stem, dtype)
+
+    # -- what it takes -------------------------------------------------------------------------
+
+    def memory(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        group_size: int = 1,
+        frames: int | None = None,
+        schedule: Schedule | None = None,
+        sampling: Sampling | None = None,
+    ) -> MemoryPlan:
+        """What ``rollout`` of the same arguments would take."""
+        request = self._request(
+            prompts, group_size, frames, schedule or sequential(), sampling or Sampling(), 0, None
+        )
+        return self._plan_memory(request, *self._given(request))
+
+    def _given(self, request: _Request) -> tuple[list[Tensor], list[int], float]:
+        """Weights, sizes and epsilon for the ops; the rotary table reaches the longest rollout."""
+        c = self.config
+        positions = c.tokens + (request.length - 1) * c.block
+        if positions > c.positions:
+            frames = 1 + -(-(positions - c.tokens) // c.block)
+            table = rotary_table(replace(c, frames=frames))
+        else:
+            table = rotary_table(c)
+        weights = [*self._weights[:4], table.float().contiguous(), *self._weights[4:]]
+        sizes = [c.hidden, c.layers, c.heads, c.kv_heads, c.mlp, c.codes]
+        sizes += [self._weights[0].shape[0], c.tokens, c.block, table.shape[1]]
+        return weights, [*sizes, int(self.dtype == torch.bfloat16)], c.norm_eps
+
+    def _capacities(self, request: _Request) -> tuple[int, int]:
+        """Slots of the longest prompt and of the longest rollout's own cache."""
+        plan, block = request.plan, self.action_tokens + request.plan.slots
+        prompt = own = 1
+        for group in request.groups:
+            given = plan.slots + (group.context - 1) * block
+            end = plan.slots + (group.frames - 1) * block
+            prompt, own = max(prompt, given), max(own, end - given // _KEYS * _KEYS)
+        if request.window is not None:
+            own = min(own, (request.window + 1) * block)
+        return prompt, -(-own // _KEYS) * _KEYS
+
+    def _plan_memory(
+        self, request: _Request, weights: list[Tensor], sizes: list[int], eps: float
+    ) -> MemoryPlan:
+        c, g = self.config, request.group_size
+        dim, item = c.hidden // c.heads, 2 if self.dtype == torch.bfloat16 else 4
+        prompt, own = self._capacities(request)
+        of = torch.ops.rlir._decoder_sizes.default
+        heads = c.layers * c.kv_heads
+        _, _, keys, values, _, _ = of(weights, sizes, eps, 1, own)
+        _, _, tail_keys, tail_values, _, _ = of(weights, sizes, eps, 1, _KEYS)
+        most = self._rows_a_step(request.plan)
+        drawn = len(request.groups) * g * (request.length - 1) * c.tokens
+        held = [*weights, *(self._stem[0] if self._stem else [])]
+        one = MemoryPlan(
+            weights=sum(x.nbytes for x in held),
+            prompt=heads * (2 * prompt * dim * item + 4 * (tail_keys + tail_values)),
+            rollout=heads * 4 * (keys + values),
+            workspace=0,
+            results=drawn
+            * (8 + 8 + 4 + 4 + 4 + (-(-c.codes // 8) if self._truncates(request) else 0)),
+            group_size=g,
+            groups=1,
+        )
+
+        def workspace(groups: int) -> int:
+            rollouts = groups * g
+            threads = torch.get_num_threads()
+            if self._shares_products(rollouts):
+                rows, teams, drawers = rollouts * most, 1, rollouts
+            else:
+                rows, teams, drawers = min(16, rollouts) * most, threads, min(16, rollouts)
+            *_, space, task = of(weights, sizes, eps, rows, own)
+            logits = drawers * (most if not request.plan.raster else 1) * c.codes * 4
+            stem = rollouts * c.tokens * c.hidden * 4 if self._stem else 0
+            return teams * (space + logits) + threads * task + stem
+
+        limit = limit_of(self.max_bytes, one.weights)
+        plan = replace(one, workspace=workspace(1))
+        if limit is not None:
+            refuse(plan, limit)
+        for groups in range(2, len(request.groups) + 1):
+            more = replace(one, workspace=workspace(groups), groups=groups)
+            if limit is not None and more.total > limit:
+                break
+            plan = more
+        return plan
+
+    def _truncates(self, request: _Request) -> bool:
+        return request.sampling.truncates
+
+    def _rows_a_step(self, plan: Plan) -> int:
+        counts: dict[int, int] = {}
+        for feed in plan.feeds:
+            counts[feed.step] = counts.get(feed.step, 0) + 1
+        return max([self.action_tokens + 1, *counts.values()])
+
+    def _shares_products(self, rollouts: int) -> bool:
+        """Whether all threads share every product, or each takes rollouts of its own."""
+        weights = sum(x.nbytes for x in self._weights[4:])
+        return weights > _LARGE or rollouts <= 8 * (torch.get_num_threads() - 1)
+
+    # -- rolling out ---------------------------------------------------------------------------
 
     def rollout(
         self,
-        prompts: Tensor,
-        actions: Tensor,
+        prompts: Sequence[Prompt],
         *,
         group_size: int = 1,
-        temperature: float = 1.0,
+        frames: int | None = None,
+        schedule: Schedule | None = None,
+        sampling: Sampling | None = None,
         seed: int,
         row_ids: Tensor | None = None,
-    ) -> Rollouts:
-        """Continue each prompt ``group_size`` times, as ``rlir.rollout.loop.rollout`` does.
+        on_group: OnGroup | None = None,
+    ) -> Trajectories:
+        """Continue each prompt ``group_size`` times.
+
+        Groups roll at the same time as far as memory goes, the longest first; when one is done the
+        next prompt takes its place. A rollout longer than the model's ``config.frames`` drops whole
+        frames from the front: their keys and values are no longer seen, those of the others stay as
+        they are, and positions go on. Training scores it under the same mask.
 
         Args:
-            prompts: codes int64 [P, S].
-            actions: classes int64 [P, L - 1, F].
-            temperature: of sampling; 0 is greedy (the log-probability is then that of the
-                untempered model).
+            prompts: of any number of context frames and actions.
+            frames: to draw at most; by default one for each action.
+            schedule: ``sequential()`` by default, or ``diagonal(window, row_end)``.
+            sampling: ``Sampling()`` by default: temperature 1, nothing left out.
             seed: from 0 and below 2^63.
             row_ids: int64 [B], who a rollout is, whatever batch it is in; 0, 1, ... if None.
+            on_group: called with a prompt's index and its group's trajectories as soon as these are
+                done, one group after the other on a thread of its own, while others roll on. What
+                it raises is raised here, after the groups that are under way.
 
         Returns:
-            Rows grouped: prompt p's members are rows p G .. (p + 1) G. The code at stream position
-            n of a rollout is ``sample_tokens`` of its logits with (seed, offset n, row id).
+            Rows grouped: prompt p's members are rows p G .. (p + 1) G. The code at raster stream
+            position n of a rollout is ``sample_tokens`` of its logits with (seed, offset n, row
+            id).
         """
-        options = RolloutOptions(group_size, temperature, seed, row_ids)
+        schedule, sampling = schedule or sequential(), sampling or Sampling()
         if not self.native:
-            return loop.rollout(self.policy, prompts, actions, **vars(options))
-        check_rollout(self.policy, prompts, actions, options)
+            out = self._slow.rollout(
+                prompts, group_size=group_size, frames=frames, schedule=schedule,
+                sampling=sampling, seed=seed, row_ids=row_ids,
+            )  # fmt: skip
+            if on_group is not None:
+                for i in range(len(prompts)):
+                    on_group(i, out.rows(torch.arange(i * group_size, (i + 1) * group_size)))
+            return out
+        request = self._request(
+            prompts, group_size, frames, schedule, sampling, seed, row_ids, on_group
+        )
         try:
             with span("rollout", len(prompts) * group_size), torch.inference_mode():
-                out = self._draw(prompts, actions, group_size, temperature, seed, row_ids)
+                out = self._roll(request, schedule)
         except RuntimeError as error:
             line = str(error).splitlines()[0]
             ours = line.startswith(("rollout: ", "decoder: "))
             raise (InputError(line) if ours else error) from None
-        # Copied outside of inference mode: autograd takes no tensor that was made in it.
-        return Rollouts(*(x.clone() for x in out))
+        return out.outside_inference_mode()
 
-    def _cache(self, sequences: int, positions: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [layers, sequences, kv heads, ...] as in csrc/cpu/decoder.h."""
-        config, dim = self.policy.config, self.policy.config.hidden // self.policy.config.heads
-        word = self._packed.weights[5].dtype  # int32: two bfloat16
-        shape = (config.layers, sequences, config.kv_heads)
-        per = 2 if word == torch.int32 else 1
-        pairs = self._packed.sizes[-1] == 1  # positions come in pairs
-        count = (positions + pairs) // (1 + pairs) * (1 + pairs) // per
-        k = torch.empty(*shape, -(-positions // 64), dim // per, 64, dtype=word)
-        return k, torch.empty(*shape, count, -(-dim // 16) * 16, dtype=word)
-
-    def _draw(
+    def _request(
         self,
-        prompts: Tensor,
-        actions: Tensor,
+        prompts: Sequence[Prompt],
         group_size: int,
-        temperature: float,
+        frames: int | None,
+        schedule: Schedule,
+        sampling: Sampling,
         seed: int,
         row_ids: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        policy, config, ops = self.policy, self.policy.config, torch.ops.rlir
-        (p, s), length = prompts.shape, actions.shape[1] + 1
-        b = p * group_size
-        codes = torch.empty(b, length, s, dtype=torch.int64)
-        codes[:, 0] = prompts.repeat_interleave(group_size, 0)
-        logprob, entropy = torch.empty(2, b, length - 1, s)
-        if not codes[:, 1:].numel():
-            return codes, logprob, entropy.mean(0)
-        blocks = policy.action_ids(actions).repeat_interleave(group_size, 0)
-        given = (self._packed.weights, self._packed.sizes, config.norm_eps)
-        shared = self._cache(p, s)
-        own = self._cache(b, s % 2 + (length - 1) * config.block)
-        with span("rollout.prefill", p * s):
-            ops._decoder_prefill.default(*given, prompts.contiguous(), *shared)
-        rows = row_numbers(b, row_ids)
-        stem = torch.empty(b, s, config.hidden)
-        for t in range(1, length):
-            with span("rollout.frame", b * s):
-                block = blocks[:, t - 1].contiguous()
-                previous = codes[:, t - 1].contiguous()
-                ops._decoder_stem.default(
-                    self._stem.weights, self._stem.sizes, previous, block, stem
-                )
-                ops._decoder_frame.default(
-                    *given, *shared, *own, codes, block, stem, rows, logprob, entropy, t, seed,
-                    temperature,
-                )  # fmt: skip
-        return codes, logprob, entropy.mean(0)
+        on_group: OnGroup | None = None,
+    ) -> _Request:
+        groups = groups_of(self.config, self._action_ids, prompts, group_size, frames)
+        if not 0 <= seed < 2**63:
+            raise InputError(f"rollout: seed must be from 0 and below 2^63, got {seed}")
+        count = len(prompts) * group_size
+        if row_ids is not None and (row_ids.dtype != torch.int64 or row_ids.shape != (count,)):
+            raise InputError(
+                f"rollout: row_ids must be int64 [{count}], "
+                f"got {row_ids.dtype} of shape {tuple(row_ids.shape)}"
+            )
+        plan = schedule.plan(self.config.rows, self.config.columns)
+        longest = max((group.frames for group in groups), default=1)
+        window = self.config.frames if longest > self.config.frames else None
+        ids = torch.arange(count) if row_ids is None else row_ids.contiguous()
+        return _Request(groups, group_size, plan, sampling, seed, ids, window, on_group)
+
+    def _allocate(self, request: _Request, memory: MemoryPlan, words: tuple[int, int]) -> _Caches:
+        c, dim = self.config, self.config.hidden // self.config.heads
+        prompt, own = self._capacities(request)
+        blocks, groups = own // _KEYS, memory.groups
+        word = self._weights[4].dtype  # int32: two bfloat16
+
+        def cache(sequences: int, count: int, words: int) -> Tensor:
+            out = torch.empty(c.layers, sequences, c.kv_heads, count * words, dtype=word)
+            torch.ops.rlir._huge_pages.default(out)
+            return out
+
+        rows = (c.layers, groups, c.kv_heads, prompt, dim)
+        return _Caches(
+            torch.empty(*rows, dtype=self.dtype),
+            torch.empty(*rows, dtype=self.dtype),
+            cache(groups, 1, words[0]),
+            cache(groups, 1, words[1]),
+            cache(groups * request.group_size, blocks, words[0]),
+            cache(groups * request.group_size, blocks, words[1]),
+        )
+
+    def _roll(self, request: _Request, schedule: Schedule) -> Trajectories:
+        begin = time.perf_counter()
+        given = self._given(request)
+        memory = self._plan_memory(request, *given)
+        _, _, keys, values, _, _ = torch.ops.rlir._decoder_sizes.default(*given, 1, _KEYS)
+        caches = self._allocate(request, memory, (keys, values))
+        out = self._results(request, schedule)
+        pool = Pool(request.groups, memory.groups, request.group_size)
+        seconds = {"prefill": 0.0, "stem": 0.0, "decode": 0.0}
+        waiting: list[Future[object]] = []
+        with ThreadPoolExecutor(1) as later:
+            while pool.busy:
+                for group in pool.admit():
+                    with _Clock(seconds, "prefill"), span("rollout.prefill", group.context):
+                        self._prefill(request, given, caches, group)
+                if pool.active:
+                    self._frame(request, given, caches, pool.active, out, seconds)
+                for group in pool.advance():
+                    self._finish(request, group, out)
+                    if request.on_group is not None:
+                        part = out.rows(self._rows(request, [group])).outside_inference_mode()
+                        waiting.append(later.submit(request.on_group, group.index, part))
+                for done in [x for x in waiting if x.done()]:
+                    waiting.remove(done)
+                    done.result()
+            for future in waiting:
+                future.result()
+        steps = sum(x.frames - x.context for x in request.groups) * request.plan.steps
+        seconds |= {"total": time.perf_counter() - begin}
+        counts = {
+            "steps": float(steps * request.group_size),
+            "groups_at_once": float(memory.groups),
+        }
+        return replace(out, timings={**seconds, **counts, "bytes": float(memory.total)})
+
+    def _results(self, request: _Request, schedule: Schedule) -> Trajectories:
+        c, g, length = self.config, request.group_size, request.length
+        b, s, a = len(request.groups) * g, c.tokens, self.action_tokens
+        codes = torch.full((b, length, s), NOTHING)
+        actions = torch.full((b, length - 1, a), NOTHING)
+        step = torch.full((b, length - 1, s), NOTHING, dtype=torch.int32)
+        steps = torch.tensor(request.plan.step_of(), dtype=torch.int32)
+        for group in request.groups:
+            rows = slice(group.index * g, (group.index + 1) * g)
+            codes[rows, : group.context] = group.codes
+            actions[rows, : group.frames - 1] = group.actions
+            for t in range(group.context, group.frames):
+                step[rows, t - 1] = steps + (t - group.context) * request.plan.steps
+        size = request.plan.slots + (length - 1) * (a + request.plan.slots)
+        truncates = request.sampling.truncates
+        return Trajectories(
+            codes=codes,
+            actions=actions,
+            context=torch.tensor([x.context for x in request.groups]).repeat_interleave(g),
+            frames=torch.tensor([x.frames for x in request.groups]).repeat_interleave(g),
+            logprob=torch.zeros(b, length - 1, s),
+            entropy=torch.zeros(b, length - 1, s),
+            step=step,
+            fed=torch.full((b, size), NOTHING),
+            group=torch.arange(len(request.groups)).repeat_interleave(g),
+            row_ids=request.row_ids,
+            support=torch.zeros(b, length - 1, s, -(-c.codes // 8), dtype=torch.uint8)
+            if truncates
+            else None,
+            seed=request.seed,
+            schedule=schedule,
+            sampling=request.sampling,
+        )
+
+    def _rows(self, request: _Request, groups: Sequence[Group]) -> Tensor:
+        """Rows of groups in the results."""
+        g = request.group_size
+        first = torch.tensor([x.index * g for x in groups])
+        return (first[:, None] + torch.arange(g)).flatten()
+
+    def _prefill(
+        self,
+        request: _Request,
+        given: tuple[list[Tensor], list[int], float],
+        caches: _Caches,
+        group: Group,
+    ) -> None:
+        tokens = given_tokens(request.plan, self.action_tokens, self.config.codes, group)
+        added = None
+        if self._stem is not None and group.context > 1:
+            said = self._stem_of(group.codes[:-1], group.actions[: group.context - 1])
+            added = tokens.scatter(said)[None]
+        mask = request.plan.mask(self.action_tokens, group.context, request.window)
+        torch.ops.rlir._decoder_prefill.default(
+            *given, tokens.ids[None], tokens.embeds, tokens.positions, tokens.slots, added,
+            mask.kind, list(mask.numbers), group.slot, True,
+            caches.prompt_k, caches.prompt_v, caches.tail_k, caches.tail_v,
+        )  # fmt: skip
+
+    def _stem_of(self, previous: Tensor, blocks: Tensor) -> Tensor:
+        """float32 [N, S, D]."""
+        assert self._stem is not None
+        out = torch.empty(len(previous), self.config.tokens, self.config.hidden)
+        torch.ops.rlir._decoder_stem.default(
+            *self._stem, previous.contiguous(), blocks.contiguous(), out
+        )
+        return out
+
+    def _frame(
+        self,
+        request: _Request,
+        given: tuple[list[Tensor], list[int], float],
+        caches: _Caches,
+        active: Sequence[Group],
+        out: Trajectories,
+        seconds: dict[str, float],
+    ) -> None:
+        """The next frame of each active group."""
+        c, g, plan, sampling = self.config, request.group_size, request.plan, request.sampling
+        rows, n = self._rows(request, active), len(active) * g
+        frame = torch.tensor([x.frame for x in active]).repeat_interleave(g)
+        previous = out.codes[rows, frame - 1]
+        blocks = out.actions[rows, frame - 1]
+        image = self.action_tokens + plan.slots
+        table = torch.empty(n, 6, dtype=torch.int64)
+        slot = torch.tensor([x.slot for x in active])
+        table[:, 0] = slot.repeat_interleave(g)
+        table[:, 1] = (slot[:, None] * g + torch.arange(g)).flatten()
+        context = torch.tensor([x.context for x in active]).repeat_interleave(g)
+        table[:, 2] = plan.slots + (context - 1) * image
+        table[:, 3] = plan.slots + (frame - 1) * image
+        table[:, 4] = c.tokens + (frame - 1) * c.block
+        table[:, 5] = torch.where(frame > context, previous[:, -1], NOTHING)
+        stem = None
+        if self._stem is not None:
+            with _Clock(seconds, "stem"), span("rollout.stem", n):
+                stem = self._stem_of(previous, blocks)
+        ends = torch.arange(1, c.rows + 1) * c.columns - 1
+        codes = torch.empty(n, c.tokens, dtype=torch.int64)
+        logprob, entropy = torch.empty(2, n, c.tokens)
+        support = None
+        if out.support is not None:
+            support = torch.empty(n, c.tokens, out.support.shape[-1], dtype=torch.uint8)
+        feeds = [(x.step, x.slot, x.place, int(x.stands_in), x.predicts) for x in plan.feeds]
+        with _Clock(seconds, "decode"), span("rollout.frame", n * c.tokens):
+            torch.ops.rlir._decoder_frame.default(
+                *given, caches.prompt_k, caches.prompt_v, caches.tail_k, caches.tail_v,
+                caches.k, caches.v, table, torch.tensor(feeds, dtype=torch.int64), c.rows,
+                plan.slots, list(plan.mask(self.action_tokens, 0, request.window).numbers),
+                blocks, out.codes[rows, 0][:, ends].contiguous(), stem,
+                request.row_ids[rows], codes, logprob, entropy, support, request.seed,
+                sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p,
+                self._shares_products(n),
+            )  # fmt: skip
+        out.codes[rows, frame] = codes
+        out.logprob[rows, frame - 1] = logprob
+        out.entropy[rows, frame - 1] = entropy
+        if out.support is not None and support is not None:
+            out.support[rows, frame - 1] = support
+
+    def _finish(self, request: _Request, group: Group, out: Trajectories) -> None:
+        rows = self._rows(request, [group])
+        fed = fed_tokens(
+            request.plan, self.config.codes, out.codes[rows, : group.frames],
+            out.actions[rows, : group.frames - 1], group.context,
+        )  # fmt: skip
+        out.fed[rows, : fed.shape[1]] = fed
+
+
+class _Clock:
+    """Adds the time of a block to ``seconds[name]``."""
+
+    def __init__(self, seconds: dict[str, float], name: str):
+        self.seconds, self.name = seconds, name
+
+    def __enter__(self) -> None:
+        self.begin = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds[self.name] += time.perf_counter() - self.begin

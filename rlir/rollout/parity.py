@@ -13,6 +13,8 @@ from rlir.errors import InputError
 from rlir.models.world_model import WorldModel
 from rlir.ops import selected_logprob
 from rlir.rollout.engine import RolloutEngine
+from rlir.rollout.sampling import Sampling
+from rlir.rollout.trajectories import prompts_of
 
 
 def token_logprob(
@@ -92,9 +94,11 @@ def measure(
     sizes = action_space(config.space).factor_sizes
     actions = torch.stack([torch.randint(n, shape, generator=generator) for n in sizes], -1)
     drawn = RolloutEngine(model, dtype).rollout(
-        first, actions, group_size=group_size, temperature=temperature, seed=seed
+        prompts_of(first, actions),
+        group_size=group_size,
+        sampling=Sampling(temperature),
+        seed=seed,
     )
-    blocks = model.action_ids(actions.repeat_interleave(group_size, 0))
     with torch.enable_grad():
-        scored = token_logprob(model, drawn.codes, blocks, temperature, dtype)
+        scored = token_logprob(model, drawn.codes, drawn.actions, temperature, dtype)
     return compare(drawn.logprob, scored)

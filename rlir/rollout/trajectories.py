@@ -7,7 +7,6 @@ S' slots of an image (``rlir.rollout.schedule``), V codes, F action factors.
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,11 +117,16 @@ class Trajectories:
 
     def rows(self, index: Tensor) -> "Trajectories":
         """Some of the rollouts."""
-        return dataclasses.replace(
-            self, **{name: x[index] for name, x in self._tensors().items() if x is not None}
-        )
+        return self._with({name: x[index] for name, x in self._tensors().items()})
 
-    def _tensors(self) -> dict[str, Tensor | None]:
+    def outside_inference_mode(self) -> "Trajectories":
+        """Copies that autograd takes, as it takes no tensor that was made in inference mode."""
+        return self._with({name: x.clone() for name, x in self._tensors().items()})
+
+    def _with(self, tensors: dict[str, Any]) -> "Trajectories":
+        return dataclasses.replace(self, **tensors)
+
+    def _tensors(self) -> dict[str, Tensor]:
         found = {x.name: getattr(self, x.name) for x in dataclasses.fields(self)}
         return {name: x for name, x in found.items() if isinstance(x, Tensor)}
 
@@ -135,7 +139,7 @@ class Trajectories:
             "same_policy": self.same_policy,
             "timings": self.timings,
         }
-        tensors = {k: x.contiguous() for k, x in self._tensors().items() if x is not None}
+        tensors = {k: x.contiguous() for k, x in self._tensors().items()}
         write_bytes(Path(path), save(tensors, {"trajectories": json.dumps(about)}))
 
     @classmethod
@@ -155,11 +159,3 @@ class Trajectories:
             )
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: must be saved trajectories, got {error}") from None
-
-
-def padded(rows: Sequence[Tensor], size: int, fill: float) -> Tensor:
-    """Rows [n, ...] of different n, stacked, with ``fill`` up to ``size``."""
-    out = rows[0].new_full((len(rows), size, *rows[0].shape[1:]), fill)
-    for to, row in zip(out, rows, strict=True):
-        to[: len(row)] = row
-    return out

@@ -15,7 +15,8 @@ from rlir.models.world_model import WorldModel, WorldModelConfig
 from rlir.rollout import engine as engine_module
 from rlir.rollout import loop
 from rlir.rollout.engine import RolloutEngine, rollout_seed
-from rlir.rollout.loop import Rollouts
+from rlir.rollout.sampling import Sampling
+from rlir.rollout.trajectories import Trajectories, prompts_of
 
 pytestmark = pytest.mark.skipif(_library.PATH is None, reason="the reference is forced")
 
@@ -44,12 +45,25 @@ def inputs(model: WorldModel, count: int, length: int = 5, seed: int = 0) -> tup
     return prompts, torch.stack(columns, -1)
 
 
-def same(a: Rollouts, b: Rollouts, rows: slice | Tensor = slice(None)) -> bool:
+def rounded(model: WorldModel, dtype: torch.dtype) -> WorldModel:
+    """For the loop."""
+    return loop.inference_copy(model, dtype)
+
+
+def roll(
+    engine: RolloutEngine, prompts: Tensor, actions: Tensor, temperature: float = 1.0, **options
+) -> Trajectories:
+    return engine.rollout(prompts_of(prompts, actions), sampling=Sampling(temperature), **options)
+
+
+def same(a: Trajectories, b: Trajectories, rows: slice | Tensor = slice(None)) -> bool:
     """Whether rollouts ``rows`` of a are those of b, bit for bit."""
     return torch.equal(a.codes[rows], b.codes) and torch.equal(a.logprob[rows], b.logprob)
 
 
-def exact(model: WorldModel, drawn: Rollouts, actions: Tensor, temperature: float = 1.0) -> Tensor:
+def exact(
+    model: WorldModel, drawn: Trajectories, actions: Tensor, temperature: float = 1.0
+) -> Tensor:
     """Log-probabilities of the drawn codes by a teacher-forced forward in float64."""
     wide = WorldModel(model.config).double()
     wide.load_state_dict(model.state_dict())
@@ -66,7 +80,7 @@ def test_float32_is_a_teacher_forced_forward(shape: str, group_size: int) -> Non
     model = make(shape)
     prompts, actions = inputs(model, 3)
     options = {"group_size": group_size, "temperature": 0.8, "seed": 5}
-    drawn = RolloutEngine(model, torch.float32).rollout(prompts, actions, **options)
+    drawn = roll(RolloutEngine(model, torch.float32), prompts, actions, **options)
     truth = exact(model, drawn, actions.repeat_interleave(group_size, 0), 0.8)
     torch.testing.assert_close(drawn.logprob.double(), truth, atol=5e-5, rtol=1e-5)
     assert torch.equal(drawn.codes[:, 0], prompts.repeat_interleave(group_size, 0))
@@ -80,8 +94,11 @@ def test_bfloat16_is_at_most_twice_as_far_off_as_the_plain_loop(shape: str) -> N
     prompts, actions = inputs(model, 4)
     engine, error = RolloutEngine(model), {}
     for name, drawn in (
-        ("engine", engine.rollout(prompts, actions, group_size=4, seed=1)),
-        ("loop", loop.rollout(engine.policy, prompts, actions, group_size=4, seed=1)),
+        ("engine", roll(engine, prompts, actions, group_size=4, seed=1)),
+        (
+            "loop",
+            loop.rollout(rounded(model, engine.dtype), prompts, actions, group_size=4, seed=1),
+        ),
     ):
         truth = exact(model, drawn, actions.repeat_interleave(4, 0))
         error[name] = float((drawn.logprob - truth).abs().mean())
@@ -93,8 +110,10 @@ def test_greedy_agrees_with_the_plain_loop(dtype: torch.dtype) -> None:
     model = make("wide")
     prompts, actions = inputs(model, 3, 2)
     engine = RolloutEngine(model, dtype)
-    drawn = engine.rollout(prompts, actions, group_size=2, temperature=0, seed=0)
-    plain = loop.rollout(engine.policy, prompts, actions, group_size=2, temperature=0, seed=0)
+    drawn = roll(engine, prompts, actions, group_size=2, temperature=0, seed=0)
+    plain = loop.rollout(
+        rounded(model, engine.dtype), prompts, actions, group_size=2, temperature=0, seed=0
+    )
     assert torch.equal(drawn.codes[::2], drawn.codes[1::2])
     agreement = (plain.codes[:, 1] == drawn.codes[:, 1]).float().mean()
     assert agreement > (0.99 if dtype == torch.float32 else 0.8)
@@ -110,19 +129,19 @@ def test_batch_and_order_have_no_influence(shape: str, dtype: torch.dtype) -> No
     model = make(shape)
     prompts, actions = inputs(model, 7)
     engine = RolloutEngine(model, dtype)
-    whole = engine.rollout(prompts, actions, group_size=5, seed=3)
+    whole = roll(engine, prompts, actions, group_size=5, seed=3)
     ids = torch.arange(35)
     for p, g in ((0, 5), (6, 2)):  # one prompt by itself, and part of its group
         rows = ids[5 * p : 5 * p + g]
         one = slice(p, p + 1)
-        part = engine.rollout(prompts[one], actions[one], group_size=g, seed=3, row_ids=rows)
+        part = roll(engine, prompts[one], actions[one], group_size=g, seed=3, row_ids=rows)
         assert same(whole, part, rows)
     order = torch.randperm(7, generator=torch.Generator().manual_seed(1))
     rows = ids.view(7, 5)[order].flatten()
-    mixed = engine.rollout(prompts[order], actions[order], group_size=5, seed=3, row_ids=rows)
+    mixed = roll(engine, prompts[order], actions[order], group_size=5, seed=3, row_ids=rows)
     assert same(whole, mixed, rows)
     # A group, or as many prompts of one member.
-    alone = engine.rollout(prompts.repeat_interleave(5, 0), actions.repeat_interleave(5, 0), seed=3)
+    alone = roll(engine, prompts.repeat_interleave(5, 0), actions.repeat_interleave(5, 0), seed=3)
     assert same(whole, alone)
 
 
@@ -133,7 +152,7 @@ def test_threads_have_no_influence() -> None:
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(RolloutEngine(model).rollout(prompts, actions, group_size=9, seed=1))
+            found.append(roll(RolloutEngine(model), prompts, actions, group_size=9, seed=1))
     finally:
         torch.set_num_threads(before)
     assert same(found[0], found[1])
@@ -151,7 +170,7 @@ def test_instruction_sets_give_the_same_bits(shape: str, dtype: torch.dtype) -> 
             continue  # bits of its own
         with instruction_set(isa):
             engine = RolloutEngine(model, dtype)
-            found[isa] = engine.rollout(prompts, actions, group_size=5, seed=2)
+            found[isa] = roll(engine, prompts, actions, group_size=5, seed=2)
     first = found.pop(instruction_sets()[0])
     for isa, drawn in found.items():
         assert same(first, drawn), isa
@@ -181,7 +200,7 @@ def test_what_was_never_written_is_never_used(
 def assert_poison_is_not_seen(
     engine: RolloutEngine, prompts: Tensor, actions: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = engine.rollout(prompts, actions, group_size=3, seed=2)
+    plain = roll(engine, prompts, actions, group_size=3, seed=2)
     real = engine_module.torch.empty
 
     def poisoned(*sizes: object, **options: object) -> Tensor:
@@ -191,7 +210,7 @@ def assert_poison_is_not_seen(
         return x.fill_(0x7FC07FC0) if x.dtype == torch.int32 else x  # two bfloat16
 
     monkeypatch.setattr(engine_module.torch, "empty", poisoned)
-    again = engine.rollout(prompts, actions, group_size=3, seed=2)
+    again = roll(engine, prompts, actions, group_size=3, seed=2)
     monkeypatch.undo()
     assert same(plain, again)
     assert plain.logprob.isfinite().all()
@@ -201,12 +220,12 @@ def test_seed_and_row_decide() -> None:
     model = make()
     prompts, actions = inputs(model, 1)
     engine = RolloutEngine(model)
-    many = engine.rollout(prompts, actions, group_size=6, seed=rollout_seed(1, 2))
+    many = roll(engine, prompts, actions, group_size=6, seed=rollout_seed(1, 2))
     assert len(many.codes.flatten(1).unique(dim=0)) == 6
-    other = engine.rollout(prompts, actions, group_size=6, seed=rollout_seed(2, 1))
+    other = roll(engine, prompts, actions, group_size=6, seed=rollout_seed(2, 1))
     assert not torch.equal(many.codes, other.codes)
     ids = torch.tensor([2, 5, 2])
-    rows = engine.rollout(prompts, actions, group_size=3, seed=rollout_seed(1, 2), row_ids=ids)
+    rows = roll(engine, prompts, actions, group_size=3, seed=rollout_seed(1, 2), row_ids=ids)
     assert same(many, rows, ids)
 
 
@@ -214,19 +233,19 @@ def test_the_engine_keeps_the_weights_it_was_made_of() -> None:
     model = make()
     prompts, actions = inputs(model, 2)
     engine = RolloutEngine(model)
-    before = engine.rollout(prompts, actions, seed=0)
+    before = roll(engine, prompts, actions, seed=0)
     for parameter in model.parameters():
         parameter.zero_()
-    assert same(before, engine.rollout(prompts, actions, seed=0))
+    assert same(before, roll(engine, prompts, actions, seed=0))
 
 
 def test_empty_batches_and_clips_of_the_prompt_alone() -> None:
     model = make()
     prompts, actions = inputs(model, 2)
     engine = RolloutEngine(model)
-    none = engine.rollout(prompts[:0], actions[:0], seed=0)
-    assert none.codes.shape == (0, 5, model.config.tokens)
-    alone = engine.rollout(prompts, actions[:, :0], seed=0)
+    none = roll(engine, prompts[:0], actions[:0], seed=0)
+    assert none.codes.shape == (0, 1, model.config.tokens)
+    alone = roll(engine, prompts, actions[:, :0], seed=0)
     assert torch.equal(alone.codes[:, 0], prompts)
     assert alone.logprob.shape == (2, 0, model.config.tokens)
 
@@ -234,7 +253,7 @@ def test_empty_batches_and_clips_of_the_prompt_alone() -> None:
 def test_rollouts_can_be_trained_on() -> None:
     model = make().requires_grad_(True)
     prompts, actions = inputs(model, 2)
-    drawn = RolloutEngine(model).rollout(prompts, actions, seed=0)
+    drawn = roll(RolloutEngine(model), prompts, actions, seed=0)
     logits = model(drawn.codes, model.action_ids(actions))
     chosen = logits.log_softmax(-1).gather(-1, drawn.codes[:, 1:, :, None])[..., 0]
     ((chosen - drawn.logprob).exp() * drawn.logprob).sum().backward()
@@ -248,11 +267,11 @@ def test_rollouts_can_be_trained_on() -> None:
     ("change", "message"),
     [
         ({"group_size": 0}, "rollout: group_size must be >= 1"),
-        ({"temperature": float("inf")}, "temperature >= 0, got 1 and inf"),
-        ({"prompts": torch.zeros(2, 3, dtype=torch.int64)}, "prompts must have 8 tokens"),
+        ({"temperature": float("inf")}, "temperature must be finite and >= 0, got inf"),
+        ({"prompts": torch.zeros(2, 3, dtype=torch.int64)}, "prompts must have 8 tokens a frame"),
         ({"prompts": torch.full((2, 8), 16)}, "codes must be from 0 and below 16"),
-        ({"prompts": torch.zeros(2, 8)}, "prompts must be int64 of 2 dimensions"),
-        ({"actions": torch.zeros(2, 5, 4, dtype=torch.int64)}, "at most 5 frames"),
+        ({"prompts": torch.zeros(2, 8)}, "prompt's codes must be int64 of 2 dimensions"),
+        ({"actions": torch.zeros(3, 4, 4, dtype=torch.int64)}, "must each have an action seq"),
         ({"actions": torch.full((2, 4, 4), 9)}, "classes of doom must be from 0"),
         ({"seed": -1}, "seed must be from 0"),
         ({"row_ids": torch.zeros(3, dtype=torch.int64)}, r"row_ids must be int64 \[2\]"),
@@ -263,7 +282,7 @@ def test_input_that_does_not_fit_is_refused_in_one_line(change: dict, message: s
     prompts, actions = inputs(model, 2)
     arguments = {"prompts": prompts, "actions": actions, "seed": 0, **change}
     with pytest.raises(InputError, match=message) as caught:
-        RolloutEngine(model).rollout(**arguments)
+        roll(RolloutEngine(model), **arguments)
     assert "\n" not in str(caught.value)
 
 
@@ -280,15 +299,16 @@ def test_a_policy_that_is_no_number_is_one_line(name: str) -> None:
     model.get_parameter(name).fill_(torch.nan)
     prompts, actions = inputs(model, 2)
     with pytest.raises(InputError, match="rollout: logits must be finite, got otherwise in ro"):
-        RolloutEngine(model).rollout(prompts, actions, seed=0)
+        roll(RolloutEngine(model), prompts, actions, seed=0)
 
 
 @pytest.mark.skipif(len(instruction_sets()) < 3, reason="one layout of panels here")
 def test_weights_of_another_instruction_set_are_refused() -> None:
-    engine = RolloutEngine(make())
-    prompts, actions = inputs(engine.policy, 2)
+    model = make()
+    engine = RolloutEngine(model)
+    prompts, actions = inputs(model, 2)
     with (
         instruction_set("baseline"),
         pytest.raises(InputError, match="packed for the instruction set in use"),
     ):
-        engine.rollout(prompts, actions, seed=0)
+        roll(engine, prompts, actions, seed=0)

@@ -20,6 +20,8 @@ from rlir.models.load import EMBEDDED, load_world_model
 from rlir.models.world_model import WorldModel, WorldModelConfig
 from rlir.rollout.engine import RolloutEngine
 from rlir.rollout.parity import compare, measure, token_logprob
+from rlir.rollout.sampling import Sampling
+from rlir.rollout.trajectories import prompts_of
 
 DTYPES = (torch.bfloat16, torch.float32)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -49,9 +51,12 @@ def drawn(
         [torch.randint(n, shape, generator=generator) for n in DOOM.factor_sizes], -1
     )
     out = RolloutEngine(model, dtype).rollout(
-        first, actions, group_size=group_size, temperature=temperature, seed=5
+        prompts_of(first, actions),
+        group_size=group_size,
+        sampling=Sampling(temperature),
+        seed=5,
     )
-    return out.codes, model.action_ids(actions.repeat_interleave(group_size, 0)), out.logprob
+    return out.codes, out.actions, out.logprob
 
 
 @dtypes

@@ -191,7 +191,12 @@ inline void attend_tiles(CacheQuery<F>* const* queries, int64_t count, const Cac
   memory_is_written();
   const int64_t border = block.tail / kTile * kTile;
   if (block.tail > 0) tile_scores(scores, rows, block.tail_keys, 0, block.tail, words);
-  keep_first(row, static_cast<int>(count), border, block.tail - border, [&] {
+#if defined(RLIR_FAULT_TILE_KEEP)
+  const int64_t keep = 0;
+#else
+  const int64_t keep = block.tail - border;
+#endif
+  keep_first(row, static_cast<int>(count), border, keep, [&] {
     tile_scores(scores, rows, block.own_keys, border, block.count, words);
   });
   const int64_t whole = round_up(block.count, 16);

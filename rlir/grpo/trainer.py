@@ -114,17 +114,26 @@ class GrpoTrainer:
         prompts = self.clips.clip(self.codes, starts, 1)[:, 0]
         actions = self.clips.clip(self.clips.actions, starts, config.frames)[:, :-1]
         begin = time.perf_counter()
+        scored: dict[int, Reward] = {}
+
+        def score(index: int, group: Trajectories) -> None:
+            commanded = actions[index].expand(config.group_size, -1, -1)
+            scored[index] = self.reward(draw(self.tokenizer, group.codes), commanded)
+
+        # A group is scored as soon as it is drawn, while others may still roll.
         rollouts = RolloutEngine(self.model).rollout(
             prompts_of(prompts, actions),
             group_size=config.group_size,
             sampling=Sampling(config.temperature),
             seed=rollout_seed(config.seed, self.step),
+            on_group=score,
         )
-        middle = time.perf_counter()
         commanded = actions.repeat_interleave(config.group_size, 0)
-        reward = self.reward(draw(self.tokenizer, rollouts.codes), commanded)
-        self.seconds["rollout"] += middle - begin
-        self.seconds["reward"] += time.perf_counter() - middle
+        groups = [scored[i] for i in range(len(scored))]
+        reward = Reward(torch.cat([x.frame for x in groups]), torch.cat([x.read for x in groups]))
+        rolling = rollouts.timings.get("rolling", 0.0)
+        self.seconds["rollout"] += rolling
+        self.seconds["reward"] += time.perf_counter() - begin - rolling
         return rollouts, commanded, reward, starts
 
     def _check_reward(self, reward: Reward, starts: Tensor) -> None:

@@ -386,6 +386,7 @@ class RolloutEngine:
                 for done in [x for x in waiting if x.done()]:
                     waiting.remove(done)
                     done.result()
+            seconds["rolling"] = time.perf_counter() - begin
             for future in waiting:
                 future.result()
         steps = sum(x.frames - x.context for x in request.groups) * request.plan.steps

@@ -1,5 +1,4 @@
-// Attention of one position by the cache of the rollout engine and by a panel, in float32, for
-// ctypes. Both in the order of cpu/video_attention.h: they must have the same bits.
+// Attention of one slot by the cache of the rollout engine and by a panel, in float32, for ctypes. Both in the order of cpu/video_attention.h: they must have the same bits.
 #include "cpu/attention.h"
 #include "cpu/cache_attention.h"
 
@@ -7,21 +6,45 @@
 
 using namespace rlir::cpu;
 
-// out [queries][d padded to 16] of q, words in rows of as many. k and v: caches (cpu/decoder.h) of
-// `shared` positions, and then of `own`.
-EXPORT void by_cache(float* out, const uint32_t* q, int64_t queries, const uint32_t* shared_k,
-                     const uint32_t* shared_v, int64_t shared, const uint32_t* own_k,
-                     const uint32_t* own_v, int64_t own, int64_t dim, float scale, float* scratch) {
+// out [queries][d padded to 16] of q, words in rows of as many: whole blocks of `shared` slots by a
+// panel from rows (raw [queries][dim], k and v [slots][dim]), the rest, `tail` slots and own ones up
+// to `slots`, from caches (cpu/decoder.h) that begin where the whole blocks end.
+EXPORT void by_cache(float* out, const uint32_t* q, const uint16_t* raw, int64_t queries,
+                     const uint16_t* k, const uint16_t* v, const uint32_t* tail_k,
+                     const uint32_t* tail_v, int64_t shared, const uint32_t* own_k,
+                     const uint32_t* own_v, int64_t slots, int64_t capacity, int64_t dim,
+                     float scale, float* scratch, float* panel) {
   const ProductScope<Pairs> scope;
-  const Segment<Pairs> first{shared_k, shared_v, shared, shared_k, shared_v},
-      second{own_k, own_v, own, own_k, own_v};
-  for (int64_t j = 0, stride = round_up(dim, 16); j < queries;) {
-    j += attend_some<Pairs>(out + j * stride, q + j * stride, queries - j, first, second, dim,
-                            scale, scratch);
+  const rlir::Reach reach{.low = 0, .high = slots, .own = slots, .tau = 0};
+  const rlir::AttentionMask mask{};
+  const int64_t base = shared / kKeyBlock * kKeyBlock, stride = round_up(dim, 16);
+  VideoAttention a{};
+  a.bfloat16 = true;
+  a.dim = dim;
+  a.scale = scale;
+  a.queries = {raw, 1, 1, queries, {0, 0, dim}, &reach};
+  a.keys = {{k, k}, {v, v}, {dim, dim}, {dim, dim}, {base, 0}};
+  Panel<Pairs> p = panel_at<Pairs>(panel, dim);
+  load_queries(p, a, 0);
+  clear_state(p, dim);
+  attend_blocks(p, a, 0, base / kKeyBlock);
+  CacheQuery<Pairs> all[kPanel];
+  for (int64_t j = 0; j < queries; ++j) {
+    all[j] = {q + j * stride, &reach, out + j * stride, {}};
+    begin_query(all[j], nullptr, dim);
+    if (base == 0) continue;
+    all[j].softmax = {p.maximum[j], p.l[j]};
+    for (int64_t d = 0; d < dim; ++d) all[j].sums[d] = p.sums[d * kPanel + j];
+  }
+  const CacheHead<Pairs> head{tail_k, tail_v, own_k, own_v, own_k, own_v, base, shared - base,
+                              capacity};
+  attend_queries<Pairs>(all, queries, head, mask, dim, scale, scratch);
+  for (int64_t j = 0; j < queries; ++j) {
+    for (int64_t d = 0; d < dim; ++d) out[j * stride + d] *= 1.0f / all[j].softmax.l;
   }
 }
 
-EXPORT int64_t cache_scratch(int64_t seen, int64_t dim) { return attention_scratch(seen, dim); }
+EXPORT int64_t cache_scratch(int64_t dim) { return attention_scratch(dim); }
 
 // out [queries][dim], at most a panel of them, of q [queries][dim]; k and v [slots][dim].
 EXPORT void by_panel(float* out, const uint16_t* q, int64_t queries, const uint16_t* k,

@@ -195,7 +195,7 @@ def test_a_reward_that_is_no_number_stops_at_its_step_and_clip(
     good.run(tmp_path / "good", stop_after=1)
     before = copied(good, tmp_path / "copy.pt")
 
-    bad = toy(clips, Spoiled(call=1, rollout=6), **settings)
+    bad = toy(clips, Spoiled(step=1, rollout=6), **settings)
     with pytest.raises(TrainingError) as caught:
         bad.run(tmp_path / "bad")
     text = one_line(str(caught.value))

@@ -31,9 +31,13 @@ def test_rollouts_that_are_left_out_do_not_move_the_policy(clips: Clips, tmp_pat
     """A reward that splits one group alone: keeping that group's rows is keeping everything."""
 
     class Split(Even):
+        scored = 0
+
         def __call__(self, frames: Tensor, actions: Tensor) -> Reward:
             reward = super().__call__(frames, actions)
-            reward.frame[4:] = 0.5
+            if self.scored:
+                reward.frame[:] = 0.5
+            self.scored += 1
             return reward
 
     weights = []

@@ -34,15 +34,16 @@ class Even:
 
 
 class Spoiled(Even):
-    """That reward, with a NaN for one rollout in one call."""
+    """That reward, with a NaN for one rollout in one step of 2 groups, which are scored in turn."""
 
-    def __init__(self, call: int, rollout: int):
-        self.calls, self.call, self.rollout = 0, call, rollout
+    def __init__(self, step: int, rollout: int, group_size: int = 4):
+        self.calls, self.call = 0, 2 * step + rollout // group_size
+        self.row = rollout % group_size
 
     def __call__(self, frames: Tensor, actions: Tensor) -> Reward:
         reward = super().__call__(frames, actions)
         if self.calls == self.call:
-            reward.frame[self.rollout, -1] = torch.nan
+            reward.frame[self.row, -1] = torch.nan
         self.calls += 1
         return reward
 

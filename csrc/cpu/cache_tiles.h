@@ -14,7 +14,7 @@
 namespace rlir::cpu {
 namespace {  // nothing here may be shared between instruction sets
 
-constexpr int64_t kPairs = kKeyBlock / 2;             // words of a block's weights
+constexpr int64_t kPairs = kKeyBlock / 2;  // words of a block's weights
 constexpr int64_t kGroupPairs = kTile;
 
 // scores [16][kScoreRow] of kTiles times 16 positions of a group of keys; q [16][words padded].
@@ -196,18 +196,15 @@ inline void attend_tiles(CacheQuery<F>* const* queries, int64_t count, const Cac
 #else
   const int64_t keep = block.tail - border;
 #endif
-  keep_first(row, static_cast<int>(count), border, keep, [&] {
-    tile_scores(scores, rows, block.own_keys, border, block.count, words);
-  });
+  keep_first(row, static_cast<int>(count), border, keep,
+             [&] { tile_scores(scores, rows, block.own_keys, border, block.count, words); });
   const int64_t whole = round_up(block.count, 16);
   for (int64_t j = 0; j < count; ++j) {
     CacheQuery<F>& query = *queries[j];
     mask_row(mask, *query.reach, block.start, block.count, row[j]);
-    const float factor =
-        weights_of<F>(weights + j * kPairs, row[j], whole, scale, query.softmax);
+    const float factor = weights_of<F>(weights + j * kPairs, row[j], whole, scale, query.softmax);
     rescale(query.sums, factor, padded);
-    __builtin_memcpy(sums + j * padded, query.sums,
-                     sizeof(float) * static_cast<uint64_t>(padded));
+    __builtin_memcpy(sums + j * padded, query.sums, sizeof(float) * static_cast<uint64_t>(padded));
   }
   ValueGroup groups[kKeyBlock / (2 * kGroupPairs)];
   const int64_t n = value_groups(groups, block, padded, copies);

@@ -12,7 +12,9 @@ namespace rlir::cpu::RLIR_ISA {
 namespace {
 
 int64_t qkv_width(const Decoder& m) { return (m.heads + 2 * m.kv_heads) * m.head_dim; }
-int64_t keys_words(int64_t capacity, int64_t words) { return round_up(capacity, kKeyBlock) * words; }
+int64_t keys_words(int64_t capacity, int64_t words) {
+  return round_up(capacity, kKeyBlock) * words;
+}
 
 template <typename F>
 int64_t values_words(int64_t capacity, int64_t dim) {
@@ -37,7 +39,7 @@ DecoderSizes sizes_of(const Decoder& m, int64_t rows, int64_t capacity) {
   s.q = m.heads * padded;
   s.state = decode_state(m.head_dim);
   s.row_pad = kRowPad;
-  s.product = 2 * round_up(rows, kRowPad) * kPanel;
+  s.product = (2 * round_up(rows, kRowPad) + (m.scales.qkv == nullptr ? 0 : kDepth)) * kPanel;
   s.attend = attention_scratch(m.head_dim) + kQueries * padded;
   return s;
 }
@@ -75,18 +77,70 @@ void norm_rows(const float* x, int64_t begin, int64_t end, int64_t size, const f
   }
 }
 
-// Calls done(first, lanes, c) for panels [begin, end) of rows [count] of `depth` against a packed
-// weight: c [count][kPanel] are outputs first .. first + lanes - 1, lanes a multiple of 16.
+// A packed weight [outputs][depth], or int8 values and what they are multiplied by.
+struct Weight {
+  const void* packed;
+  const float* scales;
+};
+
+// Words of int8 values in their places.
+template <typename F>
+void widen(const int8_t* values, int64_t words, typename F::Word* to) {
+  for (int64_t i = 0; i < words * kPanel; i += kWidth) {
+#if defined(__AVX512BF16__)
+    if constexpr (F::kPerWord == 2) {
+      const auto half = [&](int64_t at) {
+        __m128i bytes;
+        __builtin_memcpy(&bytes, values + 2 * i + at, sizeof bytes);
+        return _mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, bytes));
+      };
+      const __m512bh pairs = _mm512_cvtne2ps_pbh(half(16), half(0));
+      __builtin_memcpy(to + i, &pairs, sizeof pairs);
+      continue;
+    }
+#endif
+    for (int64_t j = i; j < i + kWidth; ++j) {
+      to[j] = static_cast<typename F::Word>(values[j]);  // a float
+    }
+  }
+}
+
+// c [count][kPanel] = rows against panel number `panel` of a weight.
+template <typename F>
+void panel_of(const Weight& weight, int64_t panel, const typename F::Word* rows, int64_t count,
+              int64_t depth, int64_t lanes, float* c, typename F::Word* spare) {
+  using Word = typename F::Word;
+  const int64_t words = words_for<F>(depth), at = panel * kPanel * words;
+  if (weight.scales == nullptr) {
+    const Word* from = static_cast<const Word*>(weight.packed) + at;
+    return panel_product<F>(c, rows, row_words<F>(depth), count, from, words,
+                            static_cast<int>(lanes), false, from + kPanel * words);
+  }
+  const int8_t* values = static_cast<const int8_t*>(weight.packed) + at * F::kPerWord;
+  for (int64_t k = 0; k < words; k += kDepth) {
+    const int64_t some = at_most(kDepth, words - k);
+    widen<F>(values + k * kPanel * F::kPerWord, some, spare);
+    panel_product<F>(c, rows + k, row_words<F>(depth), count, spare, some, static_cast<int>(lanes),
+                     k > 0);
+  }
+  const float* scales = weight.scales + panel * kPanel;
+  for (int64_t row = 0; row < count; ++row) {
+    for (int64_t i = 0; i < lanes; i += kWidth) {
+      float* to = c + row * kPanel + i;
+      store_vector(to, load_vector(to) * load_vector(scales + i));
+    }
+  }
+}
+
+// Calls done(first, lanes, c) for panels [begin, end) of rows [count] of `depth` against a weight:
+// c [count][kPanel] are outputs first .. first + lanes - 1, lanes a multiple of 16.
 template <typename F, typename Done>
-void product(const typename F::Word* rows, int64_t count, int64_t depth, const void* weight,
-             int64_t outputs, int64_t begin, int64_t end, float* c, const Done& done) {
-  const int64_t words = words_for<F>(depth);
-  const auto* panels = static_cast<const typename F::Word*>(weight);
+void product(const typename F::Word* rows, int64_t count, int64_t depth, const Weight& weight,
+             int64_t outputs, int64_t begin, int64_t end, float* c, typename F::Word* spare,
+             const Done& done) {
   for (int64_t first = begin * kPanel; first < at_most(end * kPanel, outputs); first += kPanel) {
     const int64_t lanes = at_most(round_up(outputs - first, 16), kPanel);
-    const auto* panel = panels + first * words;
-    panel_product<F>(c, rows, row_words<F>(depth), count, panel, words, static_cast<int>(lanes),
-                     false, panel + kPanel * words);
+    panel_of<F>(weight, first / kPanel, rows, count, depth, lanes, c, spare);
     done(first, lanes, c);
   }
 }
@@ -107,15 +161,21 @@ struct Multiply {
   const Word* h;
   int64_t count, begin, end;
   float* c;
+  Word* spare;  // a part of a panel
 
-  const Word* weight(const void* all, int64_t index, int64_t outputs, int64_t depth) const {
-    return static_cast<const Word*>(all) + index * packed_words<F>(outputs, depth);
+  // Number `index` of `all`.
+  Weight weight(const void* all, const float* scales, int64_t index, int64_t outputs,
+                int64_t depth) const {
+    const int64_t at = index * packed_words<F>(outputs, depth);
+    if (scales == nullptr) return {static_cast<const Word*>(all) + at, nullptr};
+    return {static_cast<const int8_t*>(all) + at * F::kPerWord,
+            scales + index * round_up(outputs, kPanel)};
   }
 
   void qkv(float* to) const {
     const int64_t width = qkv_width(m), stride = round_up(width, 16);
-    product<F>(h, count, m.hidden, weight(m.qkv, layer, width, m.hidden), width, begin, end, c,
-               [&](int64_t first, int64_t lanes, const float* tile) {
+    product<F>(h, count, m.hidden, weight(m.qkv, m.scales.qkv, layer, width, m.hidden), width,
+               begin, end, c, spare, [&](int64_t first, int64_t lanes, const float* tile) {
                  for (int64_t row = 0; row < count; ++row) {
                    for (int64_t i = 0; i < lanes; i += kWidth) {
                      store_vector(to + row * stride + first + i,
@@ -126,10 +186,10 @@ struct Multiply {
   }
 
   // x += h W^T, W [hidden][depth].
-  void add(const void* all, int64_t depth, float* x) const {
+  void add(const void* all, const float* scales, int64_t depth, float* x) const {
     const int64_t stride = round_up(m.hidden, 16);
-    product<F>(h, count, depth, weight(all, layer, m.hidden, depth), m.hidden, begin, end, c,
-               [&](int64_t first, int64_t lanes, const float* tile) {
+    product<F>(h, count, depth, weight(all, scales, layer, m.hidden, depth), m.hidden, begin, end,
+               c, spare, [&](int64_t first, int64_t lanes, const float* tile) {
                  for (int64_t row = 0; row < count; ++row) {
                    float* to = x + row * stride + first;
                    for (int64_t i = 0; i < lanes; i += kWidth) {
@@ -141,14 +201,15 @@ struct Multiply {
   }
 
   void mlp(Word* out) const {
-    const int64_t words = words_for<F>(m.hidden), stride = row_words<F>(m.mlp);
-    const Word* gate = weight(m.gate_up, 2 * layer, m.mlp, m.hidden);
+    const int64_t stride = row_words<F>(m.mlp);
+    const auto half = [&](int64_t index) {
+      return weight(m.gate_up, m.scales.gate_up, 2 * layer + index, m.mlp, m.hidden);
+    };
+    const Weight gate = half(0);
     float* other = c + round_up(count, kRowPad) * kPanel;
-    product<F>(h, count, m.hidden, weight(m.gate_up, 2 * layer + 1, m.mlp, m.hidden), m.mlp, begin,
-               end, c, [&](int64_t first, int64_t lanes, const float* tile) {
-                 const auto* panel = gate + first * words;
-                 panel_product<F>(other, h, row_words<F>(m.hidden), count, panel, words,
-                                  static_cast<int>(lanes), false, panel + kPanel * words);
+    product<F>(h, count, m.hidden, half(1), m.mlp, begin, end, c, spare,
+               [&](int64_t first, int64_t lanes, const float* tile) {
+                 panel_of<F>(gate, first / kPanel, h, count, m.hidden, lanes, other, spare);
                  for (int64_t row = 0; row < count; ++row) {
                    for (int64_t i = 0; i < lanes; i += kWidth) {
                      const int64_t at = row * kPanel + i;
@@ -160,7 +221,7 @@ struct Multiply {
   }
 
   void head(float* logits) const {
-    product<F>(h, count, m.hidden, m.head, m.codes, begin, end, c,
+    product<F>(h, count, m.hidden, {m.head, nullptr}, m.codes, begin, end, c, spare,
                [&](int64_t first, int64_t lanes, const float* tile) {
                  const auto bytes = 4 * static_cast<uint64_t>(at_most(lanes, m.codes - first));
                  for (int64_t row = 0; row < count; ++row) {
@@ -174,17 +235,24 @@ template <typename F>
 void multiply(const Decoder& m, DecoderProduct which, int64_t layer, const void* h, int64_t count,
               int64_t begin, int64_t end, void* to, float* scratch) {
   const ProductScope<F> scope;
-  const Multiply<F> p{m, layer, static_cast<const typename F::Word*>(h), count, begin, end,
-                      scratch};
+  const int64_t tiles = 2 * round_up(count, kRowPad) * kPanel;
+  const Multiply<F> p{m,
+                      layer,
+                      static_cast<const typename F::Word*>(h),
+                      count,
+                      begin,
+                      end,
+                      scratch,
+                      reinterpret_cast<typename F::Word*>(scratch + tiles)};
   switch (which) {
     case DecoderProduct::kQkv:
       return p.qkv(static_cast<float*>(to));
     case DecoderProduct::kOut:
-      return p.add(m.out, m.hidden, static_cast<float*>(to));
+      return p.add(m.out, m.scales.out, m.hidden, static_cast<float*>(to));
     case DecoderProduct::kMlp:
       return p.mlp(static_cast<typename F::Word*>(to));
     case DecoderProduct::kDown:
-      return p.add(m.down, m.mlp, static_cast<float*>(to));
+      return p.add(m.down, m.scales.down, m.mlp, static_cast<float*>(to));
     case DecoderProduct::kHead:
       return p.head(static_cast<float*>(to));
   }
@@ -211,8 +279,7 @@ struct CachePlace {
     const int64_t at = (layer * cache.sequences + sequence) * m.kv_heads + head;
     k = static_cast<typename F::Word*>(cache.k) +
         at * keys_words(cache.capacity, words_for<F>(m.head_dim));
-    v = static_cast<typename F::Word*>(cache.v) +
-        at * values_words<F>(cache.capacity, m.head_dim);
+    v = static_cast<typename F::Word*>(cache.v) + at * values_words<F>(cache.capacity, m.head_dim);
   }
 
   // k, v [d padded to 16] floats, pads zero, of the slot at `index`; v is rounded in place, and
@@ -378,8 +445,7 @@ void attend(const Decoder& m, const AttentionMask& mask, int64_t layer, const De
       queries[i].q = q + ((member.first + row) * m.heads + h) * padded;
       queries[i].reach = member.reach + row;
       queries[i].sums = sums + i * padded;
-      const float* before =
-          state == nullptr ? nullptr : state + (begin + i) * decode_state(dim);
+      const float* before = state == nullptr ? nullptr : state + (begin + i) * decode_state(dim);
       begin_query(queries[i], before, dim);
     }
     attend_queries<F>(queries, count, keys, mask, dim, scale, scratch);
@@ -423,8 +489,8 @@ void decoder_pack(const Matrix& weight, int64_t outputs, int64_t depth, bool bfl
            : pack<Plain>(weight, outputs, depth, packed);
 }
 
-void decoder_norm(const Decoder& m, const float* weight, const float* x, int64_t begin,
-                  int64_t end, void* h) {
+void decoder_norm(const Decoder& m, const float* weight, const float* x, int64_t begin, int64_t end,
+                  void* h) {
   m.bfloat16 ? norm_rows<BFloat16Words>(x, begin, end, m.hidden, weight, m.eps,
                                         static_cast<BFloat16Words::Word*>(h))
              : norm_rows<Plain>(x, begin, end, m.hidden, weight, m.eps, static_cast<float*>(h));
@@ -440,18 +506,18 @@ void decoder_append(const Decoder& m, int64_t layer, const DecoderCache& own,
                     const DecoderRow* rows, const float* qkv, int64_t begin, int64_t end, void* q,
                     void* raw, void* scratch) {
   float* space = static_cast<float*>(scratch);
-  m.bfloat16 ? append<BFloat16Words>(m, layer, own, rows, qkv, begin, end,
-                                     static_cast<BFloat16Words::Word*>(q), raw, space)
-             : append<Plain>(m, layer, own, rows, qkv, begin, end, static_cast<float*>(q), raw,
-                             space);
+  m.bfloat16
+      ? append<BFloat16Words>(m, layer, own, rows, qkv, begin, end,
+                              static_cast<BFloat16Words::Word*>(q), raw, space)
+      : append<Plain>(m, layer, own, rows, qkv, begin, end, static_cast<float*>(q), raw, space);
 }
 
 void decoder_append_rows(const Decoder& m, int64_t layer, const DecoderRows& cache,
                          int64_t sequence, const int64_t* positions, const int64_t* slots,
                          const float* qkv, int64_t begin, int64_t end, void* raw, void* scratch) {
-  (m.bfloat16 ? append_rows<BFloat16Words> : append_rows<Plain>)(
-      m, layer, cache, sequence, positions, slots, qkv, begin, end, raw,
-      static_cast<float*>(scratch));
+  (m.bfloat16 ? append_rows<BFloat16Words> : append_rows<Plain>)(m, layer, cache, sequence,
+                                                                 positions, slots, qkv, begin, end,
+                                                                 raw, static_cast<float*>(scratch));
 }
 
 void decoder_place(const Decoder& m, const DecoderRows& from, int64_t sequence, int64_t slot,
@@ -466,15 +532,14 @@ void decoder_clear(const Decoder& m, const DecoderCache& own, int64_t sequence, 
 }
 
 void decoder_attend(const Decoder& m, const AttentionMask& mask, int64_t layer,
-                    const DecoderCache& tails, const DecoderCache& own,
-                    const DecoderMember& member, int64_t head, const void* q, const float* state,
-                    float* merged, void* scratch) {
+                    const DecoderCache& tails, const DecoderCache& own, const DecoderMember& member,
+                    int64_t head, const void* q, const float* state, float* merged, void* scratch) {
   float* space = static_cast<float*>(scratch);
-  m.bfloat16 ? attend<BFloat16Words>(m, mask, layer, tails, own, member, head,
-                                     static_cast<const BFloat16Words::Word*>(q), state, merged,
-                                     space)
-             : attend<Plain>(m, mask, layer, tails, own, member, head,
-                             static_cast<const float*>(q), state, merged, space);
+  m.bfloat16
+      ? attend<BFloat16Words>(m, mask, layer, tails, own, member, head,
+                              static_cast<const BFloat16Words::Word*>(q), state, merged, space)
+      : attend<Plain>(m, mask, layer, tails, own, member, head, static_cast<const float*>(q), state,
+                      merged, space);
 }
 
 void decoder_round(const Decoder& m, const float* merged, int64_t begin, int64_t end, void* h) {

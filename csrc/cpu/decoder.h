@@ -1,5 +1,6 @@
-// A Llama-style decoder in steps over key-value caches whose beginning groups of rollouts share. One
-// build per instruction set; raw pointers only. csrc/ops/decoder_step.h strings the phases together.
+// A Llama-style decoder in steps over key-value caches whose beginning groups of rollouts share.
+// One build per instruction set; raw pointers only. csrc/ops/decoder_step.h strings the phases
+// together.
 //
 //   per layer:  h = rms(x, norm_1);  q, k, v = h Wqkv^T;  q, k rotated by the row's position
 //               k and v go to the rollout's own cache
@@ -36,6 +37,14 @@
 
 namespace rlir::cpu {
 
+// What the int8 values of an output are multiplied by, [layers][outputs padded to panels] each;
+// null where weights are of the policy's dtype. Values stand as the words they become would, one
+// byte a value; the head is never int8. Operands are the values themselves, which bfloat16 has
+// exactly.
+struct DecoderScales {
+  const float *qkv, *out, *gate_up, *down;
+};
+
 // D = heads d. Packed weights are those of decoder_pack.
 struct Decoder {
   int64_t hidden, layers, heads, kv_heads, head_dim, mlp, codes;
@@ -49,10 +58,11 @@ struct Decoder {
   const void* gate_up;    // [layers][2] of [mlp][D]
   const void* down;       // [layers] of [D][mlp]
   const void* head;       // [codes][D]
+  DecoderScales scales;
 };
 
-// Keys and values with slots as lanes: [layers][sequences][kv_heads] of `capacity` slots, which is a
-// multiple of 128.
+// Keys and values with slots as lanes: [layers][sequences][kv_heads] of `capacity` slots, which is
+// a multiple of 128.
 struct DecoderCache {
   void *k, *v;
   int64_t sequences, capacity;
@@ -124,27 +134,27 @@ using DecoderClear = void(const Decoder&, const DecoderCache& own, int64_t seque
 // Attention of a rollout's rows for key head `head`, over tail and own slots, on from `state`
 // (whole blocks of the prompt; null where there are none): merged [rows][D].
 using DecoderAttend = void(const Decoder&, const AttentionMask&, int64_t layer,
-                           const DecoderCache& tails, const DecoderCache& own,
-                           const DecoderMember&, int64_t head, const void* q, const float* state,
-                           float* merged, void* scratch);
+                           const DecoderCache& tails, const DecoderCache& own, const DecoderMember&,
+                           int64_t head, const void* q, const float* state, float* merged,
+                           void* scratch);
 // Rows [begin, end) of floats, or of raw rows [D], as activations.
 using DecoderRound = void(const Decoder&, const float* merged, int64_t begin, int64_t end, void* h);
 using DecoderWords = void(const Decoder&, const void* raw, int64_t begin, int64_t end, void* h,
                           void* scratch);
 
-#define RLIR_DECODER_BUILD(isa)           \
-  namespace isa {                         \
-  DecoderSizesOf decoder_sizes;           \
-  DecoderPack decoder_pack;               \
-  DecoderNorm decoder_norm;               \
-  DecoderMultiply decoder_multiply;       \
-  DecoderAppend decoder_append;           \
-  DecoderAppendRows decoder_append_rows;  \
-  DecoderPlace decoder_place;             \
-  DecoderClear decoder_clear;             \
-  DecoderAttend decoder_attend;           \
-  DecoderRound decoder_round;             \
-  DecoderWords decoder_words;             \
+#define RLIR_DECODER_BUILD(isa)          \
+  namespace isa {                        \
+  DecoderSizesOf decoder_sizes;          \
+  DecoderPack decoder_pack;              \
+  DecoderNorm decoder_norm;              \
+  DecoderMultiply decoder_multiply;      \
+  DecoderAppend decoder_append;          \
+  DecoderAppendRows decoder_append_rows; \
+  DecoderPlace decoder_place;            \
+  DecoderClear decoder_clear;            \
+  DecoderAttend decoder_attend;          \
+  DecoderRound decoder_round;            \
+  DecoderWords decoder_words;            \
   }
 RLIR_DECODER_BUILD(baseline)
 RLIR_DECODER_BUILD(avx2)

@@ -24,8 +24,9 @@ constexpr int64_t kPrefillRows = 256;
 // Weights in the order of engine.py; sizes: hidden, layers, heads, kv_heads, mlp, codes,
 // vocabulary, image, block, positions, bfloat16.
 Policy policy_of(const std::vector<Tensor>& w, const std::vector<int64_t>& n, double eps) {
-  RLIR_CHECK(w.size() == 10 && n.size() == 11,
-             "decoder: there must be 10 weights and 11 sizes, got ", w.size(), " and ", n.size());
+  RLIR_CHECK((w.size() == 10 || w.size() == 14) && n.size() == 11,
+             "decoder: there must be 10 weights, or 14 with scales, and 11 sizes, got ", w.size(),
+             " and ", n.size());
   for (int i = 0; i < 10; ++i) {
     RLIR_CHECK(n[i] > 0 && n[i] < int64_t{1} << 31, "decoder: sizes must be positive, got ", n[i]);
   }
@@ -56,7 +57,23 @@ Policy policy_of(const std::vector<Tensor>& w, const std::vector<int64_t>& n, do
   m.norms = floats("norms", w[2], m.layers * 2 * p.sizes.x);
   m.last = floats("the last norm", w[3], p.sizes.x);
   m.rotary = floats("the rotary table", w[4], 2 * m.positions * m.head_dim);
-  const PackedFormat packed(m.bfloat16);
+  const PackedFormat words(m.bfloat16);
+  const auto packed = [&](const char* name, const Tensor& x, int64_t count, int64_t outputs,
+                          int64_t depth) {
+    if (w.size() == 10 || &x == &w[9]) return words(name, x, count, outputs, depth);
+    return words.values(name, x, count, outputs, depth);
+  };
+  if (w.size() == 14) {
+    RLIR_CHECK(m.bfloat16, "decoder: int8 weights must go with bfloat16, got float32");
+    const auto scales = [&](const char* name, const Tensor& x, int64_t count, int64_t outputs) {
+      return floats(name, x, count * round_up(outputs, words.panel));
+    };
+    m.scales = {scales("scales of qkv", w[10], m.layers, (m.heads + 2 * m.kv_heads) * m.head_dim),
+                scales("scales of o", w[11], m.layers, m.hidden),
+                scales("scales of gate and up", w[12], m.layers * 2, m.mlp),
+                scales("scales of down", w[13], m.layers, m.hidden)};
+    p.sizes = p.sizes_of(0, 0);
+  }
   m.qkv = packed("qkv", w[5], m.layers, (m.heads + 2 * m.kv_heads) * m.head_dim, m.hidden);
   m.out = packed("o", w[6], m.layers, m.hidden, m.hidden);
   m.gate_up = packed("gate and up", w[7], m.layers * 2, m.mlp, m.hidden);
@@ -89,8 +106,8 @@ cpu::DecoderRows rows_of(const Policy& p, const Tensor& k, const Tensor& v) {
   const ScalarType dtype = m.bfloat16 ? ScalarType::BFloat16 : ScalarType::Float;
   for (const Tensor* x : {&k, &v}) {
     RLIR_CHECK(x->is_cpu() && x->is_contiguous() && x->scalar_type() == dtype && x->dim() == 5 &&
-                   x->size(0) == m.layers && x->size(2) == m.kv_heads &&
-                   x->size(4) == m.head_dim && x->numel() == k.numel(),
+                   x->size(0) == m.layers && x->size(2) == m.kv_heads && x->size(4) == m.head_dim &&
+                   x->numel() == k.numel(),
                "decoder: the prompts' cache must be [layers, prompts, kv heads, slots, d] of the "
                "policy's dtype");
   }
@@ -98,7 +115,8 @@ cpu::DecoderRows rows_of(const Policy& p, const Tensor& k, const Tensor& v) {
 }
 
 // A step reads all weights and caches, of a cache a few lines a page: with pages of 4 KiB it would
-// mostly wait for their addresses. Advice before the first touch; where the system has none, nothing happens.
+// mostly wait for their addresses. Advice before the first touch; where the system has none,
+// nothing happens.
 void use_huge_pages(const Tensor& x) {
 #if defined(__linux__)
   constexpr uintptr_t kHuge = uintptr_t{1} << 21;
@@ -136,8 +154,40 @@ Tensor decoder_pack_cpu(const Tensor& weight, bool bfloat16) {
   return packed;
 }
 
-// panel, values_per_word, keys, values (of a head and `capacity` slots, in words), bytes of the work
-// space and of a task's scratch for `rows` rows.
+// Values int8 [N, outputs, depth] where decoder_pack would have their words, a byte each.
+Tensor decoder_pack_int8_cpu(const Tensor& values) {
+  RLIR_CHECK(values.is_cpu() && values.dim() == 3 && values.is_contiguous() &&
+                 values.scalar_type() == ScalarType::Char,
+             "decoder: values must be contiguous int8 [N, outputs, depth] on the CPU");
+  const PackedFormat format(true);
+  const int64_t n = values.size(0), outputs = values.size(1), depth = values.size(2);
+  const int64_t words = format.words(depth), per = format.values_per_word,
+                panels = round_up(outputs, format.panel) / format.panel;
+  Tensor packed = torch::stable::new_empty(values, {n, panels, words, format.panel * per});
+  use_huge_pages(packed);
+  const auto* from = static_cast<const int8_t*>(values.const_data_ptr());
+  auto* to = static_cast<int8_t*>(packed.mutable_data_ptr());
+  torch::stable::parallel_for(0, n * panels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      int8_t* panel = to + i * words * format.panel * per;
+      std::fill_n(panel, words * format.panel * per, int8_t{0});
+      const int64_t first = i % panels * format.panel;
+      for (int64_t lane = 0; lane < std::min(format.panel, outputs - first); ++lane) {
+        const int8_t* row = from + (i / panels * outputs + first + lane) * depth;
+        for (int64_t k = 0; k < depth; ++k) {
+          // Where a word is a float, the two of a pair are exchanged: cpu/words.h.
+          const int64_t at =
+              per == 2 ? (k / 2 * format.panel + lane) * 2 + k % 2 : (k ^ 1) * format.panel + lane;
+          panel[at] = row[k];
+        }
+      }
+    }
+  });
+  return packed;
+}
+
+// panel, values_per_word, keys, values (of a head and `capacity` slots, in words), bytes of the
+// work space and of a task's scratch for `rows` rows.
 std::vector<int64_t> decoder_sizes_cpu(const std::vector<Tensor>& weights,
                                        const std::vector<int64_t>& sizes, double eps, int64_t rows,
                                        int64_t capacity) {
@@ -348,8 +398,8 @@ class FrameChunk {
         row(r, rollout.slot - 1, rollout.position - 1, p_.block - 1, rollout.pending, -1);
       }
       for (int64_t j = 0; j < a; ++j) {
-        row(r, rollout.slot + j, rollout.position + j, j,
-            p_.decoder.codes + f_.blocks[r * a + j], j + 1 == a ? 0 : -1);
+        row(r, rollout.slot + j, rollout.position + j, j, p_.decoder.codes + f_.blocks[r * a + j],
+            j + 1 == a ? 0 : -1);
       }
     }
     int64_t bad = finish_step();
@@ -362,9 +412,9 @@ class FrameChunk {
         begin_member(r);
         for (int64_t j = begin; j < end; ++j) {
           const Feed& feed = f_.feed[j];
-          const int64_t token =
-              feed.stands_in ? f_.stand_ins[r * f_.grid_rows + feed.place / columns()]
-                             : f_.codes[r * p_.image + feed.place];
+          const int64_t token = feed.stands_in
+                                    ? f_.stand_ins[r * f_.grid_rows + feed.place / columns()]
+                                    : f_.codes[r * p_.image + feed.place];
           row(r, rollout.slot + a + feed.slot, rollout.position + a + feed.place, a + feed.place,
               token, feed.predicts);
         }
@@ -419,8 +469,8 @@ class FrameChunk {
     p_.embed(token, embed, stem, w_.x() + at * w_.sizes.x);
     Reach reach = reach_of(f_.mask, slot, INT64_MAX);
     if (f_.raster) reach.own = kNoOwn;  // all before it was fed before
-    step_.rows.push_back({position, rollout.sequence,
-                          (slot - base(rollout)) % f_.caches.own.capacity});
+    step_.rows.push_back(
+        {position, rollout.sequence, (slot - base(rollout)) % f_.caches.own.capacity});
     step_.reach.push_back(reach);
     ++step_.members.back().count;
     if (predicts >= 0) draws_.push_back({at, r, predicts});
@@ -434,8 +484,8 @@ class FrameChunk {
       if (run != nullptr && run->prompt == member.prompt && run->tokens == member.count) {
         ++run->members;
       } else {
-        step_.runs.push_back({member.prompt, member.base / cpu::kKeyBlock,
-                              static_cast<int64_t>(i), 1, member.count});
+        step_.runs.push_back({member.prompt, member.base / cpu::kKeyBlock, static_cast<int64_t>(i),
+                              1, member.count});
       }
     }
     run_step(p_, f_.caches, f_.mask, step_, w_, team_);
@@ -527,8 +577,8 @@ void decoder_frame_cpu(const std::vector<Tensor>& weights, const std::vector<int
           .mask = attention_mask("decoder", "diagonal", mask_numbers),
           .raster = false,
           .slots = image_slots,
-          .rollouts = reinterpret_cast<const Rollout*>(
-              integers("rollouts", rollouts, n * kRolloutNumbers)),
+          .rollouts =
+              reinterpret_cast<const Rollout*>(integers("rollouts", rollouts, n * kRolloutNumbers)),
           .feeds = feeds.numel() / kFeedNumbers,
           .feed = nullptr,
           .blocks = integers("blocks", blocks, n * a),
@@ -605,8 +655,10 @@ void huge_pages_cpu(const Tensor& x) { use_huge_pages(x); }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(rlir, m) {
   m.def("_decoder_pack(Tensor weight, bool bfloat16) -> Tensor");
+  m.def("_decoder_pack_int8(Tensor values) -> Tensor");
   m.def("_huge_pages(Tensor(a!) x) -> ()");
-  m.def("_decoder_sizes(Tensor[] weights, int[] sizes, float eps, int rows, int capacity) -> int[]");
+  m.def(
+      "_decoder_sizes(Tensor[] weights, int[] sizes, float eps, int rows, int capacity) -> int[]");
   m.def(
       "_decoder_prefill(Tensor[] weights, int[] sizes, float eps, Tensor ids, Tensor embeds, "
       "Tensor positions, Tensor slots, Tensor? added, str mask, int[] mask_numbers, int first, "
@@ -623,6 +675,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rlir, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(rlir, CPU, m) {
   m.impl("_decoder_pack", TORCH_BOX(&decoder_pack_cpu));
+  m.impl("_decoder_pack_int8", TORCH_BOX(&decoder_pack_int8_cpu));
   m.impl("_huge_pages", TORCH_BOX(&huge_pages_cpu));
   m.impl("_decoder_sizes", TORCH_BOX(&decoder_sizes_cpu));
   m.impl("_decoder_prefill", TORCH_BOX(&decoder_prefill_cpu));

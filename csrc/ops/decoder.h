@@ -70,6 +70,15 @@ struct PackedFormat {
                "decoder: ", name, " must be packed for the instruction set in use, got other");
     return x.const_data_ptr();
   }
+  // The same as int8 values.
+  const void* values(const char* name, const Tensor& x, int64_t count, int64_t outputs,
+                     int64_t depth) const {
+    RLIR_CHECK(x.is_cpu() && x.is_contiguous() && x.scalar_type() == ScalarType::Char &&
+                   x.dim() == 4 && x.size(3) == panel * values_per_word &&
+                   x.numel() == count * round_up(outputs, panel) * words(depth) * values_per_word,
+               "decoder: ", name, " must be packed for the instruction set in use, got other");
+    return x.const_data_ptr();
+  }
 };
 
 }  // namespace rlir

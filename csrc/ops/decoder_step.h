@@ -110,8 +110,7 @@ class Workspace {
   // Bytes of a task's scratch.
   static int64_t task_bytes(const Policy& p, int64_t rows) {
     const cpu::DecoderSizes s = p.sizes_of(rows, 0);
-    const auto panel =
-        RLIR_CPU_KERNEL_AMX(attention_sizes)(p.decoder.bfloat16, p.decoder.head_dim);
+    const auto panel = RLIR_CPU_KERNEL_AMX(attention_sizes)(p.decoder.bfloat16, p.decoder.head_dim);
     return std::max({s.product * 4, s.attend * 4, panel.scratch, s.x * 4 + 4096});
   }
 
@@ -166,7 +165,7 @@ void run_layers(const Policy& p, const Workspace& w, int64_t count, const Team& 
 }
 
 struct DecoderCaches {
-  cpu::DecoderRows prompts;       // whole blocks are read from here
+  cpu::DecoderRows prompts;      // whole blocks are read from here
   cpu::DecoderCache tails, own;  // [prompts] of 128 slots, [rollouts]
 };
 
@@ -210,8 +209,7 @@ inline void run_step(const Policy& p, const DecoderCaches& caches, const Attenti
   const int64_t count = step.count(), group = m.heads / m.kv_heads;
   bool shares = false;
   for (const GroupRun& run : step.runs) shares = shares || run.blocks > 0;
-  const int64_t panel =
-      RLIR_CPU_KERNEL_AMX(attention_sizes)(m.bfloat16, m.head_dim).panel;
+  const int64_t panel = RLIR_CPU_KERNEL_AMX(attention_sizes)(m.bfloat16, m.head_dim).panel;
   // Tasks of the pass over whole blocks: (run, key head, panel).
   struct PanelTask {
     int64_t run, head, panel;
@@ -247,8 +245,8 @@ inline void run_step(const Policy& p, const DecoderCaches& caches, const Attenti
         const int64_t first = step.members[run.member].first, head = panels[i].head;
         cpu::VideoAttention call = raw_call(m, mask, w.raw(), first, run.members, run.tokens, head,
                                             step.reach.data() + first);
-        call.keys = prompt_keys(m, caches.prompts, layer, run.prompt, head,
-                                run.blocks * cpu::kKeyBlock);
+        call.keys =
+            prompt_keys(m, caches.prompts, layer, run.prompt, head, run.blocks * cpu::kKeyBlock);
         RLIR_CPU_KERNEL_AMX(decode_prefix)
         (call, panels[i].panel, run.blocks, state_of(run, head, 0), scratch);
       }

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ from rlir.rollout.stream import fed_tokens, given_tokens
 from rlir.rollout.trajectories import NOTHING, Prompt, Trajectories
 from rlir.tracing import span
 
+WeightFormat = Literal["dtype", "int8"]
 OnGroup = Callable[[int, Trajectories], object]
 _LARGE = 48 * 2**20
 """Bytes of weights beyond which all threads share every product: what the caches of a few cores
@@ -63,21 +65,49 @@ def _pack(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _pack_decoder(model: WorldModel, dtype: torch.dtype) -> list[Tensor]:
+def _quantise(matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """int8 values in panels, and the scale of each output: w = scale value, value from -127 to
+    127."""
+    packed, scales = [], []
+    for matrix in matrices:
+        scale = (matrix.float().abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+        values = (matrix.float() / scale[:, None]).round_().to(torch.int8)
+        packed.append(torch.ops.rlir._decoder_pack_int8.default(values[None]))
+        panel = packed[-1].shape[1] * _panel()
+        scales.append(F.pad(scale, (0, panel - len(scale))))
+    return torch.cat(packed), torch.stack(scales)
+
+
+def _panel() -> int:
+    """Outputs of a panel."""
+    one = torch.ops.rlir._decoder_pack.default(torch.zeros(1, 1, 1, dtype=torch.bfloat16), True)
+    return int(one.shape[3])
+
+
+def _pack_decoder(model: WorldModel, dtype: torch.dtype, weights: WeightFormat) -> list[Tensor]:
     """Weights in the order of csrc/ops/decoder.cpp, but for the rotary table."""
     layers = model.decoder_layers()
     norms = [(x.input_layernorm.weight, x.post_attention_layernorm.weight) for x in layers]
     slots = getattr(model, "embed_slots", None)
+    products = [
+        [x.self_attn.qkv_proj.weight for x in layers],
+        [x.self_attn.o_proj.weight for x in layers],
+        [half for x in layers for half in x.gate_up_proj.weight.chunk(2)],
+        [x.down_proj.weight for x in layers],
+    ]
+    if weights == "int8":
+        quantised = [_quantise(matrices) for matrices in products]
+        packed, scales = [x for x, _ in quantised], [x for _, x in quantised]
+    else:
+        packed, scales = [_pack(matrices, dtype) for matrices in products], []
     return [
         _padded(model.embed_tokens.weight.to(dtype)),
         torch.empty(0) if slots is None else _padded(slots.weight.to(dtype)),
         _padded(torch.stack([torch.stack(pair) for pair in norms]).to(dtype)),
         _padded(model.norm.weight.to(dtype)),
-        _pack([x.self_attn.qkv_proj.weight for x in layers], dtype),
-        _pack([x.self_attn.o_proj.weight for x in layers], dtype),
-        _pack([half for x in layers for half in x.gate_up_proj.weight.chunk(2)], dtype),
-        _pack([x.down_proj.weight for x in layers], dtype),
+        *packed,
         _pack([model.lm_head.weight[: model.config.codes]], dtype),
+        *scales,
     ]
 
 
@@ -124,6 +154,8 @@ class RolloutEngine:
         dtype: bfloat16 or float32.
         max_bytes: of weights, caches, work space and results of a rollout; by default 0.8 of the
             memory that is available when one starts.
+        weights: "int8" keeps the weights of the layers as int8, with a scale per output channel:
+            half the bytes, and another policy. Its trajectories say so (``same_policy``).
     """
 
     def __init__(
@@ -132,11 +164,15 @@ class RolloutEngine:
         dtype: torch.dtype = torch.bfloat16,
         *,
         max_bytes: int | None = None,
+        weights: WeightFormat = "dtype",
     ):
         if dtype not in (torch.bfloat16, torch.float32):
             raise InputError(f"rollout: dtype must be bfloat16 or float32, got {dtype}")
         if max_bytes is not None and max_bytes < 1:
             raise InputError(f"rollout: max_bytes must be at least 1 or None, got {max_bytes}")
+        self.weights = weights
+        if weights == "int8" and (dtype != torch.bfloat16 or _library.PATH is None):
+            raise InputError("rollout: int8 weights must go with bfloat16 and the native library")
         self.config, self.dtype, self.max_bytes = model.config, dtype, max_bytes
         self.action_tokens = model.action_tokens
         self.native = _library.PATH is not None
@@ -147,7 +183,7 @@ class RolloutEngine:
             self._slow = StepwiseEngine(model, dtype)
             return
         with torch.inference_mode():
-            self._weights = _pack_decoder(model, dtype)
+            self._weights = _pack_decoder(model, dtype, weights)
             stem = getattr(model, "stem", None)
             self._stem = None if stem is None else packed_stem(stem, dtype)
 
@@ -344,7 +380,7 @@ class RolloutEngine:
         c, dim = self.config, self.config.hidden // self.config.heads
         prompt, own = self._capacities(request)
         blocks, groups = own // _KEYS, memory.groups
-        word = self._weights[4].dtype  # int32: two bfloat16
+        word = self._weights[8].dtype  # int32: two bfloat16
 
         def cache(sequences: int, count: int, words: int) -> Tensor:
             out = torch.empty(c.layers, sequences, c.kv_heads, count * words, dtype=word)
@@ -429,6 +465,7 @@ class RolloutEngine:
             seed=request.seed,
             schedule=schedule,
             sampling=request.sampling,
+            same_policy=self.weights == "dtype",
         )
 
     def _rows(self, request: _Request, groups: Sequence[Group]) -> Tensor:

@@ -1,4 +1,5 @@
-// Attention of one slot by the cache of the rollout engine and by a panel, in float32, for ctypes. Both in the order of cpu/video_attention.h: they must have the same bits.
+// Attention of one slot by the cache of the rollout engine and by a panel, in float32, for ctypes.
+// Both in the order of cpu/video_attention.h: they must have the same bits.
 #include "cpu/attention.h"
 #include "cpu/cache_attention.h"
 
@@ -7,8 +8,8 @@
 using namespace rlir::cpu;
 
 // out [queries][d padded to 16] of q, words in rows of as many: whole blocks of `shared` slots by a
-// panel from rows (raw [queries][dim], k and v [slots][dim]), the rest, `tail` slots and own ones up
-// to `slots`, from caches (cpu/decoder.h) that begin where the whole blocks end.
+// panel from rows (raw [queries][dim], k and v [slots][dim]), the rest, `tail` slots and own ones
+// up to `slots`, from caches (cpu/decoder.h) that begin where the whole blocks end.
 EXPORT void by_cache(float* out, const uint32_t* q, const uint16_t* raw, int64_t queries,
                      const uint16_t* k, const uint16_t* v, const uint32_t* tail_k,
                      const uint32_t* tail_v, int64_t shared, const uint32_t* own_k,
@@ -36,8 +37,8 @@ EXPORT void by_cache(float* out, const uint32_t* q, const uint16_t* raw, int64_t
     all[j].softmax = {p.maximum[j], p.l[j]};
     for (int64_t d = 0; d < dim; ++d) all[j].sums[d] = p.sums[d * kPanel + j];
   }
-  const CacheHead<Pairs> head{tail_k, tail_v, own_k, own_v, own_k, own_v, base, shared - base,
-                              capacity};
+  const CacheHead<Pairs> head{tail_k, tail_v, own_k,         own_v,   own_k,
+                              own_v,  base,   shared - base, capacity};
   attend_queries<Pairs>(all, queries, head, mask, dim, scale, scratch);
   for (int64_t j = 0; j < queries; ++j) {
     for (int64_t d = 0; d < dim; ++d) out[j * stride + d] *= 1.0f / all[j].softmax.l;

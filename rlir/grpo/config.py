@@ -22,6 +22,10 @@ class GrpoConfig:
     """Frames of a clip: one prompt frame and the generated ones."""
     temperature: float = 1.0
     """Sampling temperature of the rollouts."""
+    rollout_weights: Literal["dtype", "int8"] = "dtype"
+    """Weights that roll out: the policy's, or int8 a channel, whose samples are corrected."""
+    truncated_importance: float = 2.0
+    """With int8 weights, the most that a token counts for having been drawn by another policy."""
     reward: Literal["match", "probability"] = "match"
     """A factor's reward: 1 if the IDM reads the commanded class, or that class's probability."""
     camera_weight: float = 1.0
@@ -69,7 +73,8 @@ class GrpoConfig:
                 raise InputError(f"grpo: {name} must be at least 1, got {getattr(self, name)}")
         if self.frames < 2:
             raise InputError(f"grpo: frames must be at least 2, got {self.frames}")
-        for name in ("temperature", "learning_rate", "max_grad_norm", "clip_low", "clip_high"):
+        above = ("temperature", "learning_rate", "max_grad_norm", "clip_low", "clip_high")
+        for name in (*above, "truncated_importance"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"grpo: {name} must be above 0, got {getattr(self, name)}")
         for name in ("camera_weight", "kl_weight", "supervised_weight"):

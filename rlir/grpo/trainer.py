@@ -106,8 +106,8 @@ class GrpoTrainer:
         count = self.config.kept or len(weight)
         return weight.argsort(descending=True, stable=True)[:count].sort().values
 
-    def roll_out(self, generator: torch.Generator) -> tuple[Trajectories, Tensor, Reward, Tensor]:
-        """Rollouts, their commanded actions [B, T, F], their reward and the prompts' starts."""
+    def roll_out(self, generator: torch.Generator) -> tuple[Trajectories, Reward, Tensor]:
+        """Rollouts, their reward and the prompts' starts."""
         config = self.config
         picked = torch.randint(len(self.starts), (config.prompts,), generator=generator)
         starts = self.starts[picked]
@@ -121,20 +121,19 @@ class GrpoTrainer:
             scored[index] = self.reward(draw(self.tokenizer, group.codes), commanded)
 
         # A group is scored as soon as it is drawn, while others may still roll.
-        rollouts = RolloutEngine(self.model).rollout(
+        rollouts = RolloutEngine(self.model, weights=config.rollout_weights).rollout(
             prompts_of(prompts, actions),
             group_size=config.group_size,
             sampling=Sampling(config.temperature),
             seed=rollout_seed(config.seed, self.step),
             on_group=score,
         )
-        commanded = actions.repeat_interleave(config.group_size, 0)
         groups = [scored[i] for i in range(len(scored))]
         reward = Reward(torch.cat([x.frame for x in groups]), torch.cat([x.read for x in groups]))
         rolling = rollouts.timings.get("rolling", 0.0)
         self.seconds["rollout"] += rolling
         self.seconds["reward"] += time.perf_counter() - begin - rolling
-        return rollouts, commanded, reward, starts
+        return rollouts, reward, starts
 
     def _check_reward(self, reward: Reward, starts: Tensor) -> None:
         bad = (~reward.frame.isfinite()).any(1).nonzero().flatten().tolist()
@@ -150,6 +149,16 @@ class GrpoTrainer:
     def _logprob(self, model: WorldModel, codes: Tensor, blocks: Tensor) -> Tensor:
         return token_logprob(model, codes, blocks, self.config.temperature)
 
+    @torch.no_grad()
+    def _old_logprob(self, rollouts: Trajectories, rows: Tensor) -> Tensor:
+        """Of the policy before the update: what the rollout says, unless another one drew it."""
+        if rollouts.same_policy:
+            return rollouts.logprob
+        out = torch.zeros_like(rollouts.logprob)
+        for part in rows.split(self.config.microbatch):
+            out[part] = self._logprob(self.model, rollouts.codes[part], rollouts.actions[part])
+        return out
+
     def _supervised(self, generator: torch.Generator) -> Tensor:
         config = self.config
         n = (config.supervised_clips,)
@@ -161,7 +170,11 @@ class GrpoTrainer:
         return F.cross_entropy(logits.flatten(0, 2), codes[:, 1:].flatten())
 
     def _minibatch(
-        self, rows: Tensor, rollouts: Trajectories, blocks: Tensor, advantages: Tensor
+        self,
+        rows: Tensor,
+        rollouts: Trajectories,
+        old_logprob: Tensor,
+        advantages: Tensor,
     ) -> tuple[LossStatistics, Parity]:
         """Accumulate the gradient of one minibatch, microbatch by microbatch. Also says how far
         the policy is from the one that rolled out.
@@ -172,17 +185,19 @@ class GrpoTrainer:
         for part in rows.split(config.microbatch):
             codes, share = rollouts.codes[part], len(part) / total
             with torch.no_grad():
-                ref = self._logprob(self.base, codes, blocks[part])
-            logprob = self._logprob(self.model, codes, blocks[part])
+                ref = self._logprob(self.base, codes, rollouts.actions[part])
+            logprob = self._logprob(self.model, codes, rollouts.actions[part])
             scored.append(logprob.detach())
             loss, statistics = policy_loss(
                 logprob,
-                rollouts.logprob[part],
+                old_logprob[part],
                 advantages[part],
                 ref,
                 clip_low=config.clip_low,
                 clip_high=config.clip_high,
                 kl_weight=config.kl_weight,
+                rollout_logprob=None if rollouts.same_policy else rollouts.logprob[part],
+                truncated_importance=config.truncated_importance,
             )
             (loss * share).backward()
             parts.append((share, statistics))
@@ -198,15 +213,15 @@ class GrpoTrainer:
         config = self.config
         generator = step_generator(config.seed, self.step)
         self.model.eval()
-        rollouts, commanded, reward, starts = self.roll_out(generator)
+        rollouts, reward, starts = self.roll_out(generator)
         self._check_reward(reward, starts)
         begin = time.perf_counter()
         advantages = self.advantages(reward)
-        blocks = self.model.action_ids(commanded)
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(self.step)
         kept = self.kept(advantages)
         order = kept[torch.randperm(len(kept), generator=generator)]
+        old_logprob = self._old_logprob(rollouts, order)
         statistics: list[LossStatistics] = []
         parities: list[Parity] = []
         norms: list[float] = []
@@ -214,7 +229,7 @@ class GrpoTrainer:
             for rows in order.chunk(config.minibatches):
                 self.optimizer.zero_grad(set_to_none=True)
                 with span("update.minibatch", len(rows)):
-                    seen, parity = self._minibatch(rows, rollouts, blocks, advantages)
+                    seen, parity = self._minibatch(rows, rollouts, old_logprob, advantages)
                 statistics.append(seen)
                 parities.append(parity)
                 if config.supervised_weight:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from toys import SMALL, Even, toy
 
+from rlir import _library
 from rlir.data.clips import Clips
 from rlir.errors import InputError
+from rlir.grpo import trainer as trainer_module
 from rlir.grpo.config import GrpoConfig
 from rlir.grpo.reward import Reward
 
@@ -70,3 +72,26 @@ def test_a_linear_schedule_ends_near_nothing() -> None:
 def test_kept_that_cannot_be(settings: dict, line: str) -> None:
     with pytest.raises(InputError, match=re.escape(line)):
         GrpoConfig(**{**SMALL, **settings})
+
+
+@pytest.mark.skipif(_library.PATH is None, reason="int8 is native")
+def test_rollouts_of_int8_weights_are_corrected(clips: Clips, tmp_path: Path) -> None:
+    trainer = toy(clips, steps=2, rollout_weights="int8", minibatches=1)
+    seen: list[dict] = []
+    real = trainer_module.policy_loss
+
+    def watched(*args: Tensor, **options: object):
+        seen.append({"old": args[1], "logprob": args[0].detach(), **options})
+        return real(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module, "policy_loss", watched)
+        trainer.run(tmp_path)
+    for call in seen:
+        assert torch.equal(call["old"], call["logprob"]), "the policy before the update"
+        assert not torch.equal(call["old"], call["rollout_logprob"]), "and the one that drew"
+        assert call["truncated_importance"] == 2.0
+    assert all(0 < x["logprob_mismatch"] < 0.2 for x in trainer.curves)
+    plain = toy(clips, steps=1, minibatches=1)
+    plain.run(tmp_path / "plain")
+    assert plain.curves[0]["logprob_mismatch"] == 0

@@ -149,6 +149,13 @@ class GrpoTrainer:
     def _logprob(self, model: WorldModel, codes: Tensor, blocks: Tensor) -> Tensor:
         return token_logprob(model, codes, blocks, self.config.temperature)
 
+    def _correction(self, rollouts: Trajectories, rows: Tensor) -> dict[str, Any]:
+        """For tokens that another policy drew."""
+        if rollouts.same_policy:
+            return {}
+        cap = self.config.truncated_importance
+        return {"rollout_logprob": rollouts.logprob[rows], "truncated_importance": cap}
+
     @torch.no_grad()
     def _old_logprob(self, rollouts: Trajectories, rows: Tensor) -> Tensor:
         """Of the policy before the update: what the rollout says, unless another one drew it."""
@@ -196,8 +203,7 @@ class GrpoTrainer:
                 clip_low=config.clip_low,
                 clip_high=config.clip_high,
                 kl_weight=config.kl_weight,
-                rollout_logprob=None if rollouts.same_policy else rollouts.logprob[part],
-                truncated_importance=config.truncated_importance,
+                **self._correction(rollouts, part),
             )
             (loss * share).backward()
             parts.append((share, statistics))

@@ -427,7 +427,9 @@ void attend(const Decoder& m, const AttentionMask& mask, int64_t layer, const De
   const double root = __builtin_sqrt(static_cast<double>(dim));
   const float scale = static_cast<float>(0x1.71547652b82fep+0 * (1.0 / root));
   const CachePlace<F> mine(m, own, layer, member.sequence, head);
-  const CachePlace<F> next(m, own, layer, member.sequence, (head + 1) % m.kv_heads);
+  const bool last = head + 1 == m.kv_heads;
+  const CachePlace<F> next(m, own, layer, last ? member.next : member.sequence,
+                           last ? 0 : head + 1);
   CacheHead<F> keys{nullptr, nullptr,     mine.k,      mine.v,      next.k,
                     next.v,  member.base, member.tail, own.capacity};
   if (member.tail > 0) {

@@ -456,7 +456,7 @@ class FrameChunk {
     const Rollout& rollout = f_.rollouts[r];
     const int64_t start = base(rollout);
     step_.members.push_back({step_.count(), 0, rollout.prompt, rollout.sequence, start,
-                             (rollout.context - start) / 2 * 2, nullptr});
+                             (rollout.context - start) / 2 * 2, nullptr, rollout.sequence});
   }
 
   void row(int64_t r, int64_t slot, int64_t position, int64_t embed, int64_t token,
@@ -480,6 +480,7 @@ class FrameChunk {
     for (size_t i = 0; i < step_.members.size(); ++i) {
       cpu::DecoderMember& member = step_.members[i];
       member.reach = step_.reach.data() + member.first;
+      if (i + 1 < step_.members.size()) member.next = step_.members[i + 1].sequence;
       GroupRun* run = step_.runs.empty() ? nullptr : &step_.runs.back();
       if (run != nullptr && run->prompt == member.prompt && run->tokens == member.count) {
         ++run->members;

@@ -502,6 +502,19 @@ class RolloutEngine:
         )
         return out
 
+    def _stem_of_groups(
+        self, active: Sequence[Group], g: int, previous: Tensor, blocks: Tensor
+    ) -> Tensor:
+        """``_stem_of``, once for a group whose frame before was given: all see the same."""
+        fresh = [x.frame == x.context for x in active]
+        if not any(fresh) or g == 1:
+            return self._stem_of(previous, blocks)
+        rows = [range(i * g, i * g + (1 if new else g)) for i, new in enumerate(fresh)]
+        some = torch.tensor([row for part in rows for row in part])
+        said = self._stem_of(previous[some], blocks[some])
+        counts = [g if new else 1 for part, new in zip(rows, fresh, strict=True) for _ in part]
+        return said.repeat_interleave(torch.tensor(counts), 0)
+
     def _frame(
         self,
         request: _Request,
@@ -530,7 +543,7 @@ class RolloutEngine:
         stem = None
         if self._stem is not None:
             with _Clock(seconds, "stem"), span("rollout.stem", n):
-                stem = self._stem_of(previous, blocks)
+                stem = self._stem_of_groups(active, g, previous, blocks)
         ends = torch.arange(1, c.rows + 1) * c.columns - 1
         codes = torch.empty(n, c.tokens, dtype=torch.int64)
         logprob, entropy = torch.empty(2, n, c.tokens)

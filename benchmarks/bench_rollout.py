@@ -19,7 +19,7 @@ from rlir.actions.space import action_space
 from rlir.models.load import EMBEDDED, load_world_model
 from rlir.models.world_model import WorldModel
 from rlir.rollout.engine import RolloutEngine
-from rlir.rollout.loop import inference_copy
+from rlir.rollout.stepwise import inference_copy
 from rlir.rollout.trajectories import prompts_of
 
 GROUP, SIDE = 16, 2048

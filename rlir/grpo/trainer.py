@@ -29,9 +29,9 @@ from rlir.models.tokenizer import Tokenizer
 from rlir.models.world_model import WorldModel
 from rlir.ops import group_advantage
 from rlir.rollout.engine import RolloutEngine, rollout_seed
-from rlir.rollout.loop import inference_copy
 from rlir.rollout.parity import Parity, compare, token_logprob
 from rlir.rollout.sampling import Sampling
+from rlir.rollout.stepwise import inference_copy
 from rlir.rollout.trajectories import Trajectories, prompts_of
 from rlir.tracing import span
 from rlir.training import STATE, InterruptedRun, interruptible, make_optimizer, step_generator

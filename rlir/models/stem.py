@@ -1,4 +1,4 @@
-"""The world model's stem with the bits that it has in the rollout engine, and its gradients.
+"""The world model's stem, and the same with the bits that it has in the rollout engine.
 
 torch's convolutions give a frame other bits in another batch, so a trainer cannot reproduce with
 them what a rollout drew from. The forward pass here is the engine's kernel (csrc/cpu/stem.cpp),
@@ -14,13 +14,43 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlir import _library
+from rlir.actions.space import action_space
 from rlir.ops.linear import linear_gradients
 
 if TYPE_CHECKING:
-    from rlir.models.world_model import Stem
+    from rlir.models.world_model import WorldModelConfig
 
 
-def engine_stem(stem: "Stem", previous: Tensor, action: Tensor, dtype: torch.dtype) -> Tensor:
+class Stem(nn.Module):
+    """What the previous frame and the action say of each visual token: [N, S] -> [N, S, D]."""
+
+    def __init__(self, config: "WorldModelConfig"):
+        super().__init__()
+        c = config.stem_channels
+        self.grid = (config.rows, config.columns)
+        space = action_space(config.space)
+        self.embed = nn.Embedding(config.codes, 64)
+        self.action = nn.Embedding(space.vocabulary, 2 * c * (config.stem_blocks + 1))
+        self.input = nn.Conv2d(64, c, (3, 9), padding=(1, 4))
+        self.blocks = nn.ModuleList(
+            nn.Conv2d(c, c, (3, 5), padding=(1, 2)) for _ in range(config.stem_blocks)
+        )
+        self.output = nn.Linear(c, config.hidden)
+
+    def forward(self, previous: Tensor, action: Tensor) -> Tensor:
+        """previous: codes [N, S]; action: token block [N, A] counted from 0."""
+        x = self.input(self.embed(previous).transpose(1, 2).unflatten(2, self.grid))
+        film = self.action(action).sum(1)[:, :, None, None].chunk(len(self.blocks) + 1, 1)
+        scale, shift = film[0].chunk(2, 1)
+        x = F.gelu(x * (1 + scale) + shift)
+        for convolution, modulation in zip(self.blocks, film[1:], strict=True):
+            scale, shift = modulation.chunk(2, 1)
+            x = x + F.gelu(convolution(x) * (1 + scale) + shift)
+        out: Tensor = self.output(x.flatten(2).transpose(1, 2))
+        return out
+
+
+def engine_stem(stem: Stem, previous: Tensor, action: Tensor, dtype: torch.dtype) -> Tensor:
     """``stem(previous, action)`` as the rollout engine computes it: float32 [N, S, D].
 
     Args:
@@ -46,7 +76,7 @@ def engine_stem(stem: "Stem", previous: Tensor, action: Tensor, dtype: torch.dty
         return _forward(stem, dtype, previous, action, saves=False)[0]
 
 
-def packed_stem(stem: "Stem", dtype: torch.dtype) -> tuple[list[Tensor], list[int]]:
+def packed_stem(stem: Stem, dtype: torch.dtype) -> tuple[list[Tensor], list[int]]:
     """Weights and sizes as csrc/ops/stem.cpp wants them, rounded to the policy's dtype."""
     convolutions = [stem.input, *_blocks(stem)]
     channels, rounds = stem.input.out_channels, dtype == torch.bfloat16
@@ -80,12 +110,12 @@ def packed_stem(stem: "Stem", dtype: torch.dtype) -> tuple[list[Tensor], list[in
     return weights, [*sizes, stem.action.num_embeddings, int(rounds)]
 
 
-def _blocks(stem: "Stem") -> list[nn.Conv2d]:
+def _blocks(stem: Stem) -> list[nn.Conv2d]:
     return [x for x in stem.blocks if isinstance(x, nn.Conv2d)]
 
 
 def _forward(
-    stem: "Stem", dtype: torch.dtype, previous: Tensor, action: Tensor, *, saves: bool
+    stem: Stem, dtype: torch.dtype, previous: Tensor, action: Tensor, *, saves: bool
 ) -> tuple[Tensor, Tensor]:
     """The result, and float32 [N, convolutions, 2, S, C padded]: each convolution's output with
     its bias, and the x that it leads to.
@@ -108,7 +138,7 @@ class _EngineStem(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        stem: "Stem",
+        stem: Stem,
         dtype: torch.dtype,
         previous: Tensor,
         action: Tensor,

@@ -1,6 +1,6 @@
 """Autoregressive world model: a Llama-style decoder over frame tokens and action tokens.
 
-Stream (MineWorld, arXiv 2504.08388): image_0 | action_1 image_1 | action_2 image_2 | ...
+Layout (MineWorld, arXiv 2504.08388): image_0 | action_1 image_1 | action_2 image_2 | ...
 An image is its visual codes in raster order; an action is a block of tokens; action i conditions
 image i. Only visual tokens of image_1 and later are predicted.
 
@@ -23,8 +23,10 @@ from torch import Tensor, nn
 
 from rlir.actions.space import action_space
 from rlir.errors import InputError
-from rlir.models.stem import engine_stem
-from rlir.ops import causal, embedding, linear, rms_norm, rotary, swiglu, video_attention
+from rlir.models.stem import Stem, engine_stem
+from rlir.ops import Mask, causal, embedding, linear, rms_norm, rotary, swiglu, video_attention
+from rlir.rollout.layout import known_tokens, layout_of
+from rlir.rollout.schedule import Plan, Schedule, sequential
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,8 @@ class WorldModelConfig:
 
 def operand_dtype(weight: Tensor) -> torch.dtype:
     """Of the operands of products: bfloat16 under autocast, else the weights'."""
-    autocast = weight.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    device = weight.device.type
+    autocast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
     return torch.bfloat16 if autocast else weight.dtype
 
 
@@ -129,11 +132,15 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
 
 
-def rotary_table(config: WorldModelConfig) -> Tensor:
-    """cos and sin of every position and channel pair, float32 [2, positions, head_dim]."""
+def rotary_table(config: WorldModelConfig, start: int = 0, end: int | None = None) -> Tensor:
+    """cos and sin of positions and channel pairs, float32 [2, end - start, head_dim].
+
+    Those of the longest clip if ``end`` is None.
+    """
+    end = config.positions if end is None else end
     dim = config.hidden // config.heads
     frequency = config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    angle = torch.arange(config.positions, dtype=torch.float64)[:, None] * frequency
+    angle = torch.arange(start, end, dtype=torch.float64)[:, None] * frequency
     angle = torch.cat([angle, angle], -1)  # half-rotation layout
     return torch.stack([angle.cos(), angle.sin()]).float()
 
@@ -163,7 +170,7 @@ class Projection(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with rotary positions."""
+    """Grouped-query attention with rotary positions."""
 
     def __init__(self, config: WorldModelConfig):
         super().__init__()
@@ -181,8 +188,8 @@ class Attention(nn.Module):
         q, k = rotary(qk, *table).to(dtype).split([self.heads, self.kv_heads], 2)
         return q, k, v.to(dtype)
 
-    def forward(self, x: Tensor, table: Tensor) -> Tensor:
-        out = video_attention(*self.project(x, table), mask=causal())
+    def forward(self, x: Tensor, table: Tensor, mask: Mask) -> Tensor:
+        out = video_attention(*self.project(x, table), mask=mask)
         merged: Tensor = self.o_proj(out.flatten(2))
         return merged
 
@@ -203,38 +210,9 @@ class Layer(nn.Module):
         out: Tensor = self.down_proj(swiglu(gate_up, dtype=operand_dtype(self.down_proj.weight)))
         return out
 
-    def forward(self, x: Tensor, table: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), table)
+    def forward(self, x: Tensor, table: Tensor, mask: Mask) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), table, mask)
         return x + self.mlp(x)
-
-
-class Stem(nn.Module):
-    """What the previous frame and the action say of each visual token: [N, S] -> [N, S, D]."""
-
-    def __init__(self, config: WorldModelConfig):
-        super().__init__()
-        c = config.stem_channels
-        self.grid = (config.rows, config.columns)
-        space = action_space(config.space)
-        self.embed = nn.Embedding(config.codes, 64)
-        self.action = nn.Embedding(space.vocabulary, 2 * c * (config.stem_blocks + 1))
-        self.input = nn.Conv2d(64, c, (3, 9), padding=(1, 4))
-        self.blocks = nn.ModuleList(
-            nn.Conv2d(c, c, (3, 5), padding=(1, 2)) for _ in range(config.stem_blocks)
-        )
-        self.output = nn.Linear(c, config.hidden)
-
-    def forward(self, previous: Tensor, action: Tensor) -> Tensor:
-        """previous: codes [N, S]; action: token block [N, A] counted from 0."""
-        x = self.input(self.embed(previous).transpose(1, 2).unflatten(2, self.grid))
-        film = self.action(action).sum(1)[:, :, None, None].chunk(len(self.blocks) + 1, 1)
-        scale, shift = film[0].chunk(2, 1)
-        x = F.gelu(x * (1 + scale) + shift)
-        for convolution, modulation in zip(self.blocks, film[1:], strict=True):
-            scale, shift = modulation.chunk(2, 1)
-            x = x + F.gelu(convolution(x) * (1 + scale) + shift)
-        out: Tensor = self.output(x.flatten(2).transpose(1, 2))
-        return out
 
 
 class WorldModel(nn.Module):
@@ -262,6 +240,7 @@ class WorldModel(nn.Module):
                 "action_head", torch.zeros(config.action_vocabulary, config.hidden)
             )
         self.register_buffer("rotary", rotary_table(config), persistent=False)
+        self._longer: Tensor | None = None
         self._initialise()
 
     def _initialise(self) -> None:
@@ -318,31 +297,93 @@ class WorldModel(nn.Module):
 
     def embed(self, ids: Tensor, start: int) -> Tensor:
         """Embeddings (float32) of ids [B, T] that stand at stream positions start.. ."""
-        dtype = operand_dtype(self.embed_tokens.weight)
-        tokens = embedding(ids, self.embed_tokens.weight, dtype=dtype).to(sum_dtype(dtype))
-        if self.embed_slots is None:
-            return tokens
-        slots = self.slots(start, ids.shape[1])
-        return tokens + embedding(slots, self.embed_slots.weight, dtype=dtype).to(tokens.dtype)
+        return self.embed_at(ids, self.slots(start, ids.shape[1]).to(ids.device))
 
-    def hidden(self, codes: Tensor, actions: Tensor) -> Tensor:
-        """Final hidden states that predict the visual tokens of frames 1.., [B, L - 1, S, D]."""
-        b, length, s = codes.shape
-        a, block = self.action_tokens, self.config.block
+    def embed_at(self, ids: Tensor, slots: Tensor) -> Tensor:
+        """Embeddings (float32) of ids [B, T] at slots [T] of a block."""
+        dtype = operand_dtype(self.embed_tokens.weight)
+        x = embedding(ids, self.embed_tokens.weight, dtype=dtype).to(sum_dtype(dtype))
+        if self.embed_slots is not None:
+            x = x + embedding(slots, self.embed_slots.weight, dtype=dtype).to(x.dtype)
+        return x
+
+    def rotary_until(self, end: int) -> Tensor:
+        """cos and sin of positions 0 .. end - 1, [2, end, head_dim]; there is no last one."""
+        have = self.rotary.shape[1]
+        if end <= have:
+            return self.rotary[:, :end]
+        longer = self._longer
+        if longer is None or longer.shape[1] < end or longer.device != self.rotary.device:
+            more = rotary_table(self.config, have, end).to(self.rotary)
+            longer = self._longer = torch.cat([self.rotary, more], 1)
+        return longer[:, :end]
+
+    def hidden(
+        self,
+        codes: Tensor,
+        actions: Tensor,
+        *,
+        schedule: Schedule | None = None,
+        context: int = 1,
+    ) -> Tensor:
+        """Final hidden states that predict the visual tokens of frames 1.., [B, L - 1, S, D].
+
+        They are those that a rollout under ``schedule`` (raster order if None) draws from: of a
+        diagonal one with stand-ins and under its mask. Of a clip longer than ``config.frames``
+        that many frames are seen.
+
+        Args:
+            codes: int64 [B, L, S]; actions: token blocks int64 [B, L - 1, A], counted from 0.
+            context: the first frames, which were given: their tokens come in raster order.
+        """
+        config, length = self.config, codes.shape[1]
+        plan = (schedule or sequential()).plan(config.rows, config.columns)
+        window = config.frames if length > config.frames else None
+        if not plan.raster:
+            mask = plan.mask(self.action_tokens, context, window)
+            return self._hidden_diagonal(codes, actions, plan, mask, context)
+        mask = causal() if window is None else plan.mask(self.action_tokens, context, window)
+        a, s = self.action_tokens, config.tokens
         ids = self.stream(codes, actions)[:, :-1]
         x = self.embed(ids, 0)
-        # The hidden state at the last action token predicts slot 0, that at slot i slot i + 1.
         if self.stem is not None:
-            dtype = operand_dtype(self.embed_tokens.weight)
-            stem = engine_stem(self.stem, codes[:, :-1].flatten(0, 1), actions.flatten(0, 1), dtype)
-            padded = F.pad(stem.unflatten(0, (b, length - 1)), (0, 0, a - 1, 1))
+            # The hidden state at the last action token predicts slot 0, that at slot i slot i + 1.
+            padded = F.pad(self.stem_output(self.stem, codes, actions), (0, 0, a - 1, 1))
             x = x + F.pad(padded.flatten(1, 2), (0, 0, s, 0))[:, : ids.shape[1]]
-        table = self.rotary[:, : x.shape[1]]
-        for layer in self.layers:
-            x = layer(x, table)
-        x = F.pad(x[:, s:], (0, 0, 0, 1)).view(b, length - 1, block, -1)
+        x = self._decode(x, self.rotary_until(ids.shape[1]), mask)
+        x = F.pad(x[:, s:], (0, 0, 0, 1)).view(len(codes), length - 1, config.block, -1)
         out: Tensor = self.norm(x[:, :, a - 1 : a - 1 + s])
         return out
+
+    def _hidden_diagonal(
+        self, codes: Tensor, actions: Tensor, plan: Plan, mask: Mask, context: int
+    ) -> Tensor:
+        layout = layout_of(plan, self.action_tokens, codes.shape[1], context)
+        # The last token is fed to nothing.
+        token, position, slots = (
+            torch.from_numpy(x[:-1]).to(codes.device)
+            for x in (layout.token, layout.position, layout.embed)
+        )
+        predicts = torch.from_numpy(layout.predicts.reshape(-1)).to(codes.device)
+        ids = known_tokens(codes, actions, self.config.codes).index_select(1, token)
+        x = self.embed_at(ids, slots)
+        if self.stem is not None:
+            x = x.index_add(1, predicts, self.stem_output(self.stem, codes, actions).flatten(1, 2))
+        table = self.rotary_until(int(layout.position.max()) + 1)
+        x = self._decode(x, table.index_select(1, position), mask)
+        out: Tensor = self.norm(x.index_select(1, predicts))
+        return out.unflatten(1, layout.predicts.shape)
+
+    def stem_output(self, stem: Stem, codes: Tensor, actions: Tensor) -> Tensor:
+        """The stem's output for the visual tokens of frames 1.., [B, L - 1, S, D]."""
+        dtype = operand_dtype(self.embed_tokens.weight)
+        out = engine_stem(stem, codes[:, :-1].flatten(0, 1), actions.flatten(0, 1), dtype)
+        return out.unflatten(0, actions.shape[:2])
+
+    def _decode(self, x: Tensor, table: Tensor, mask: Mask) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, table, mask)
+        return x
 
     def forward(self, codes: Tensor, actions: Tensor) -> Tensor:
         """Logits float32 [B, L - 1, S, V] of the visual tokens of frames 1.. ."""

@@ -140,11 +140,7 @@ class RolloutEngine:
         """Weights, sizes and epsilon for the ops; the rotary table reaches the longest rollout."""
         c = self.config
         positions = c.tokens + (request.length - 1) * c.block
-        if positions > c.positions:
-            frames = 1 + -(-(positions - c.tokens) // c.block)
-            table = rotary_table(replace(c, frames=frames))
-        else:
-            table = rotary_table(c)
+        table = rotary_table(c, 0, max(positions, c.positions))
         weights = [*self._weights[:4], table.float().contiguous(), *self._weights[4:]]
         sizes = [c.hidden, c.layers, c.heads, c.kv_heads, c.mlp, c.codes]
         sizes += [self._weights[0].shape[0], c.tokens, c.block, table.shape[1]]

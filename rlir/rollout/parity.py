@@ -14,7 +14,8 @@ from rlir.models.world_model import WorldModel
 from rlir.ops import selected_logprob
 from rlir.rollout.engine import RolloutEngine
 from rlir.rollout.sampling import Sampling
-from rlir.rollout.trajectories import prompts_of
+from rlir.rollout.schedule import Schedule
+from rlir.rollout.trajectories import Trajectories, prompts_of
 
 
 def token_logprob(
@@ -23,20 +24,91 @@ def token_logprob(
     blocks: Tensor,
     temperature: float,
     dtype: torch.dtype = torch.bfloat16,
+    *,
+    schedule: Schedule | None = None,
+    context: int = 1,
+    support: Tensor | None = None,
 ) -> Tensor:
     """log p of the visual tokens of frames 1.., teacher-forced: float32 [B, L - 1, S].
 
-    ``codes`` [B, L, S], ``blocks`` [B, L - 1, A]. No logits in memory; gradients flow to the model.
-    Operands of products are rounded to ``dtype``, as the engine of that dtype does.
+    No logits in memory; gradients flow to the model. Operands of products are rounded to ``dtype``,
+    as the engine of that dtype does.
+
+    Args:
+        codes: int64 [B, L, S]; blocks: action tokens int64 [B, L - 1, A], counted from 0.
+        temperature: of the sampling; at 0 (greedy) the model is untempered.
+        schedule: under which the frames from ``context`` on were drawn; raster order if None.
+        context: the first frames, which were given. Their tokens are scored as well.
+        support: uint8 [B, L - 1, S, ceil(V / 8)] that tokens were drawn from, as ``Trajectories``
+            have it; that of frames that were given is not looked at.
     """
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        hidden = model.hidden(codes, blocks)
-    drawn = codes[:, 1:]
+    if support is not None and context > 1:
+        everything = torch.full_like(support[:, : context - 1], 255)
+        support = torch.cat([everything, support[:, context - 1 :]], 1)
+    hidden = _hidden(model, codes, blocks, dtype, schedule, context)
+    return _selected(model, hidden, codes[:, 1:], temperature, dtype, support)
+
+
+def trajectory_logprob(
+    model: WorldModel, trajectories: Trajectories, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """log p of what was drawn, teacher-forced, on the support it was drawn from.
+
+    float32 [B, L - 1, S] on the model's device, 0 where nothing was drawn (``Trajectories.drawn``).
+    Gradients flow to the model. Of the policy that rolled out it has the bits of
+    ``Trajectories.logprob`` on the CPU.
+    """
+    device = model.lm_head.weight.device
+    out = torch.zeros(trajectories.logprob.shape, device=device)
+    kinds = torch.stack([trajectories.context, trajectories.frames], 1)
+    for context, frames in kinds.unique(dim=0).tolist():
+        if context == frames:
+            continue
+        rows = (kinds == torch.tensor([context, frames])).all(1).nonzero()[:, 0]
+        codes = trajectories.codes[rows, :frames].to(device)
+        blocks = trajectories.actions[rows, : frames - 1].to(device)
+        support = trajectories.support
+        if support is not None:
+            support = support[rows, context - 1 : frames - 1].to(device)
+        hidden = _hidden(model, codes, blocks, dtype, trajectories.schedule, context)
+        out[rows.to(device), context - 1 : frames - 1] = _selected(
+            model,
+            hidden[:, context - 1 :],
+            codes[:, context:],
+            trajectories.sampling.temperature,
+            dtype,
+            support,
+        )
+    return out
+
+
+def _hidden(
+    model: WorldModel,
+    codes: Tensor,
+    blocks: Tensor,
+    dtype: torch.dtype,
+    schedule: Schedule | None,
+    context: int,
+) -> Tensor:
+    with torch.autocast(codes.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        return model.hidden(codes, blocks, schedule=schedule, context=context)
+
+
+def _selected(
+    model: WorldModel,
+    hidden: Tensor,
+    drawn: Tensor,
+    temperature: float,
+    dtype: torch.dtype,
+    support: Tensor | None,
+) -> Tensor:
+    """log p of drawn [B, L, S] from hidden [B, L, S, D] on support [B, L, S, ceil(V / 8)]."""
     logprob, _ = selected_logprob(
         hidden.flatten(0, 2).to(dtype),
         model.lm_head.weight.to(dtype),
         drawn.flatten(),
-        temperature=temperature,
+        temperature=temperature or 1.0,
+        support=None if support is None else support.flatten(0, 2),
         compute_entropy=False,
     )
     return logprob.view(drawn.shape)

@@ -7,11 +7,13 @@ size. Frame 0 is an image, every later frame an action block and an image.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rlir.models.world_model import WorldModelConfig
 from rlir.rollout.groups import Group
+from rlir.rollout.layout import known_tokens, layout_of
 from rlir.rollout.sampling import Sampling
 from rlir.rollout.schedule import Plan, Schedule
 from rlir.rollout.trajectories import NOTHING, Trajectories
@@ -26,38 +28,29 @@ class GivenTokens:
     """Slot within the block: action tokens first."""
     positions: Tensor
     slots: Tensor
-    predicts: Tensor
-    """Frame and place that a token's hidden state predicts, (frame - 1) S + place, or -1."""
+    predict: Tensor
+    """[(C - 1) S]: which of these tokens predicts a place of frames 1.. ."""
 
     def scatter(self, said: Tensor) -> Tensor:
         """What the stem says of each frame after the first, [C - 1, S, D], where tokens predict
         it: [T, D]."""
-        rows = torch.cat([said.flatten(0, 1), said.new_zeros(1, said.shape[2])])
-        return rows[self.predicts]
+        out = said.new_zeros(len(self.ids), said.shape[2])
+        out[self.predict] = said.flatten(0, 1)
+        return out
 
 
 def given_tokens(plan: Plan, action_tokens: int, codes: int, group: Group) -> GivenTokens:
     """A group's prompt. Tokens of actions count from ``codes``."""
-    s, a = plan.rows * plan.columns, action_tokens
-    place = torch.arange(s)
-    slot_of = torch.tensor([plan.slot_of(i) for i in range(s)])
-    parts: list[tuple[Tensor, ...]] = []
-    for t in range(group.context):
-        position, slot = s + (t - 1) * (a + s), plan.slots + (t - 1) * (a + plan.slots)
-        if t > 0:
-            action = torch.arange(a)
-            first = torch.full((a,), -1)
-            first[-1] = (t - 1) * s
-            parts.append(
-                (group.actions[t - 1] + codes, action, position + action, slot + action, first)
-            )
-            position, slot = position + a, slot + a
-        else:
-            position = slot = 0
-        follows = torch.where(place + 1 < s, (t - 1) * s + place + 1, -1)
-        predicts = follows if t > 0 else torch.full((s,), -1)
-        parts.append((group.codes[t], a + place, position + place, slot + slot_of, predicts))
-    return GivenTokens(*(torch.cat(x).contiguous() for x in zip(*parts, strict=True)))
+    layout = layout_of(plan, action_tokens, group.context, group.context)
+    slots = np.flatnonzero(layout.fed)
+    known = known_tokens(group.codes[None], group.actions[None, : group.context - 1], codes)[0]
+    return GivenTokens(
+        ids=known[torch.from_numpy(layout.token[slots])],
+        embeds=torch.from_numpy(layout.embed[slots]),
+        positions=torch.from_numpy(layout.position[slots]),
+        slots=torch.from_numpy(slots),
+        predict=torch.from_numpy(np.searchsorted(slots, layout.predicts.reshape(-1))),
+    )
 
 
 def blank_trajectories(
@@ -110,25 +103,9 @@ def blank_trajectories(
 
 def fed_tokens(plan: Plan, codes: int, drawn: Tensor, actions: Tensor, context: int) -> Tensor:
     """The token that was fed at every slot: drawn [B, L, S], actions [B, L - 1, A] to [B, T]."""
-    b, length, s = drawn.shape
-    a = actions.shape[2]
-    slot_of = torch.tensor([plan.slot_of(i) for i in range(s)])
-    out = torch.full((b, plan.slots + (length - 1) * (a + plan.slots)), NOTHING)
-    feeds = torch.tensor([(x.slot, x.place) for x in plan.feeds if not x.stands_in])
-    standing = torch.tensor([(x.slot, x.place) for x in plan.feeds if x.stands_in])
-    for t in range(length):
-        start = 0
-        if t > 0:
-            start = plan.slots + (t - 1) * (a + plan.slots)
-            out[:, start : start + a] = actions[:, t - 1] + codes
-            start += a
-        if t < context:
-            out[:, start + slot_of] = drawn[:, t]
-            continue
-        if len(feeds):
-            out[:, start + feeds[:, 0]] = drawn[:, t, feeds[:, 1]]
-        if len(standing):
-            out[:, start + standing[:, 0]] = drawn[:, 0, standing[:, 1]]
-        if t + 1 < length:  # the last one goes with the next action block
-            out[:, start + plan.slots - 1] = drawn[:, t, -1]
+    layout = layout_of(plan, actions.shape[2], drawn.shape[1], context)
+    out = known_tokens(drawn, actions, codes)[:, torch.from_numpy(layout.token)]
+    out[:, torch.from_numpy(~layout.fed)] = NOTHING
+    if drawn.shape[1] > context:
+        out[:, -1] = NOTHING  # the last token is fed to nothing
     return out

@@ -149,6 +149,9 @@ class Trajectories:
             with safe_open(path, framework="pt") as file:
                 about: dict[str, Any] = json.loads((file.metadata() or {})["trajectories"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            _check_tensors(tensors)
+            if not isinstance(about["seed"], int):
+                raise TypeError(f"a seed of {about['seed']!r}")
             return cls(
                 **{"support": None, **tensors},
                 seed=about["seed"],
@@ -157,5 +160,28 @@ class Trajectories:
                 same_policy=about["same_policy"],
                 timings=about["timings"],
             )
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"{path}: must be saved trajectories, got {error}") from None
+
+
+def _check_tensors(found: dict[str, Tensor]) -> None:
+    """That tensors of a file fit together: ValueError or KeyError says what does not."""
+    (b, length, s), a = found["codes"].shape, found["actions"].shape[-1]
+    drawn, n = (b, length - 1, s), found["fed"].shape[-1]
+    expected = {
+        "codes": (torch.int64, (b, length, s)),
+        "actions": (torch.int64, (b, length - 1, a)),
+        "fed": (torch.int64, (b, n)),
+        "step": (torch.int32, drawn),
+        **dict.fromkeys(("logprob", "entropy"), (torch.float32, drawn)),
+        **dict.fromkeys(("context", "frames", "group", "row_ids"), (torch.int64, (b,))),
+    }
+    if "support" in found:
+        expected["support"] = (torch.uint8, (*drawn, found["support"].shape[-1]))
+    for name, (dtype, shape) in expected.items():
+        x = found[name]
+        if x.dtype != dtype or x.shape != shape:
+            raise ValueError(f"{name} of {x.dtype} and shape {tuple(x.shape)}")
+    context, frames = found["context"], found["frames"]
+    if not ((context >= 1) & (context <= frames) & (frames <= length)).all():
+        raise ValueError("frames that do not fit the context or the codes")

@@ -37,7 +37,7 @@ from rlir.models.llama import save_llama
 from rlir.models.load import load_world_model
 from rlir.models.world_model import WorldModel, WorldModelConfig
 from rlir.rollout import parity
-from rlir.rollout.loop import inference_copy
+from rlir.rollout.stepwise import inference_copy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from rlir.checkpoints import (
     save_state,
     write_bytes,
     write_json,
+    write_parts,
 )
 from rlir.errors import InputError
 from rlir.models.idm import InverseDynamics
@@ -66,6 +68,22 @@ def test_a_model_that_cannot_be_written_leaves_the_old_weights(
     assert (tmp_path / WEIGHTS).read_bytes() == before
     again = WorldModel(WORLD_MODEL)
     load_weights(tmp_path, again)
+
+
+def test_parts_that_cannot_be_made_leave_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+
+    def parts(broken: bool) -> Iterator[bytes]:
+        yield b"one, "
+        if broken:
+            raise MemoryError
+        yield b"two"
+
+    write_parts(path, parts(broken=False))
+    with pytest.raises(MemoryError):
+        write_parts(path, parts(broken=True))
+    assert path.read_bytes() == b"one, two"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -87,6 +87,7 @@ struct DecoderMember {
   int64_t prompt, sequence;  // of the caches of tails, and of the own one
   int64_t base, tail;
   const Reach* reach;  // [count]
+  int64_t next;        // the own sequence that is read after this one
 };
 
 // In words of 4 bytes, but for `panel` and `values_per_word`.

@@ -33,6 +33,14 @@ struct Policy {
   }
 };
 
+// Weights in the order of engine.py; sizes: hidden, layers, heads, kv_heads, mlp, codes,
+// vocabulary, image, block, positions, bfloat16.
+Policy policy_of(const std::vector<Tensor>& weights, const std::vector<int64_t>& sizes, double eps);
+// k and v with slots as lanes, of one shape for all builds of a format.
+cpu::DecoderCache cache_of(const char* name, const Policy& p, const Tensor& k, const Tensor& v);
+// k and v as rows.
+cpu::DecoderRows rows_of(const Policy& p, const Tensor& k, const Tensor& v);
+
 // Threads that share the tasks of a phase, or one.
 class Team {
  public:

@@ -134,11 +134,18 @@ class ActionSpace:
 
     @property
     def vocabulary(self) -> int:
+        """Token ids that blocks are made of: below this number."""
         return sum(self.factor_sizes) + 2
 
-    def factor_offsets(self) -> np.ndarray:
-        """First token id of each factor, int64 [factors]. Id 0 is begin, 1 is end."""
-        return 2 + np.concatenate([[0], np.cumsum(self.factor_sizes)[:-1]]).astype(np.int64)
+    @property
+    def ends(self) -> tuple[int, int]:
+        """Token ids of begin and end."""
+        return 0, 1
+
+    def class_tokens(self) -> tuple[np.ndarray, ...]:
+        """Of each factor, the token id of each class, int64: one factor after another from 2."""
+        ids = np.arange(2, self.vocabulary, dtype=np.int64)
+        return tuple(np.split(ids, np.cumsum(self.factor_sizes)[:-1]))
 
     def to_tokens(self, actions: np.ndarray) -> np.ndarray:
         """Classes [..., factors] to token blocks [..., block_tokens], int64."""
@@ -154,9 +161,9 @@ class ActionSpace:
                 f"got {actions.min()} to {actions.max()}"
             )
         block = np.empty((*actions.shape[:-1], self.block_tokens), np.int64)
-        block[..., 0] = 0
-        block[..., 1:-1] = actions + self.factor_offsets()
-        block[..., -1] = 1
+        block[..., 0], block[..., -1] = self.ends
+        for i, tokens in enumerate(self.class_tokens()):
+            block[..., 1 + i] = tokens[actions[..., i]]
         return block
 
     def mirrored(self, actions: np.ndarray) -> np.ndarray:
@@ -178,6 +185,45 @@ class ActionSpace:
             elif value:
                 words.append(f"{factor.name}.{factor.labels[value]}")
         return " ".join(w for w in words if w) or "rest"
+
+
+@dataclass(frozen=True)
+class ButtonSpace(ActionSpace):
+    """A space whose tokens are buttons, as MineWorld's (arXiv 2504.08388).
+
+    Ids count the buttons, then the bins of each axis, then begin, null and end. Of a group the
+    token is its pressed button, or null.
+    """
+
+    buttons: tuple[str, ...] = ()
+    """Keys in the order of their token ids; some may be in no group."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        keys = {key for group in self.groups for key in group.keys}
+        if missing := sorted(keys - set(self.buttons)):
+            raise InputError(
+                f"action space {self.name}: buttons must hold its keys, found no {missing[0]}"
+            )
+
+    @property
+    def vocabulary(self) -> int:
+        return len(self.buttons) + sum(axis.size for axis in self.axes) + 3
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        return self.vocabulary - 3, self.vocabulary - 1
+
+    def class_tokens(self) -> tuple[np.ndarray, ...]:
+        null, first = self.vocabulary - 2, len(self.buttons)
+        out = []
+        for axis in self.axes:
+            out.append(np.arange(first, first + axis.size, dtype=np.int64))
+            first += axis.size
+        for group in self.groups:
+            held = [self.buttons.index(key) for key in group.keys]
+            out.append(np.array([null, *held], np.int64))
+        return tuple(out)
 
 
 # Doom, turned at up to 20 degrees a step of five tics: MineWorld's mu with 11 bins.
@@ -212,7 +258,32 @@ MINECRAFT = ActionSpace(
     conflicts=(("key.keyboard.space", "key.keyboard.left.shift"),),
 )
 
-SPACES = {space.name: space for space in (DOOM, MINECRAFT)}
+# The same classes in the token ids of MineWorld's checkpoints.
+MINEWORLD = ButtonSpace(
+    name="mineworld",
+    axes=MINECRAFT.axes,
+    groups=MINECRAFT.groups,
+    conflicts=MINECRAFT.conflicts,
+    buttons=(
+        "mouse.1",  # use
+        "mouse.0",  # attack
+        "key.keyboard.w",  # forward
+        "key.keyboard.s",  # back
+        "key.keyboard.a",  # left
+        "key.keyboard.d",  # right
+        "key.keyboard.space",  # jump
+        "key.keyboard.left.shift",  # sneak
+        "key.keyboard.left.control",  # sprint
+        "key.keyboard.q",  # drop
+        "key.keyboard.f",  # swapHands
+        "mouse.2",  # pickItem
+        "key.keyboard.e",  # inventory
+        "key.keyboard.escape",  # ESC
+        *(f"key.keyboard.{i}" for i in range(1, 10)),  # hotbar.1 to hotbar.9
+    ),
+)
+
+SPACES = {space.name: space for space in (DOOM, MINECRAFT, MINEWORLD)}
 
 
 def action_space(name: str) -> ActionSpace:

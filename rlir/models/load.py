@@ -9,6 +9,7 @@ from torch import nn
 from rlir.checkpoints import CONFIG, fingerprint, load_weights, read_config, read_json
 from rlir.errors import InputError
 from rlir.models.idm import InverseDynamics, InverseDynamicsConfig
+from rlir.models.llama import is_hugging_face, load_llama_folder
 from rlir.models.tokenizer import Tokenizer, TokenizerConfig
 from rlir.models.world_model import WorldModel, WorldModelConfig
 
@@ -43,7 +44,9 @@ def load_idm(directory: Path) -> InverseDynamics:
 
 
 def load_world_model(directory: Path) -> WorldModel:
-    """The world model of a checkpoint, frozen, in eval mode."""
+    """The world model of a checkpoint or of a Hugging Face Llama folder, frozen, in eval mode."""
+    if is_hugging_face(directory):
+        return load_llama_folder(directory)
     model: WorldModel = _build(directory, "world-model", WorldModelConfig, WorldModel)
     return model
 

@@ -9,10 +9,13 @@ grid, modulated by the action, whose output is added where each visual token is 
 decoder learns late that actions matter; the stem sees at once that a turn shifts the picture.
 It is causal (it reads earlier frames alone) and runs once a frame.
 
+Without the stem and without the embeddings of slots it is a plain Llama (``rlir.models.llama``).
+
 Legend: B clips, L frames, S visual tokens a frame, A action tokens, V codes, D hidden size.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,9 +58,15 @@ class WorldModelConfig:
     norm_eps: float = 1e-5
     """Epsilon of RMSNorm."""
     stem_channels: int = 128
-    """Channels of the local-dynamics stem."""
+    """Channels of the local-dynamics stem; 0: no stem."""
     stem_blocks: int = 2
     """Residual blocks of the stem."""
+    slot_embeddings: bool = True
+    """Whether a token's place in its block is embedded beside its id."""
+    action_vocabulary: int | None = None
+    """Ids above the codes, of a vocabulary that was made elsewhere: the space's tokens come first,
+    what is left over is kept, and so are the output head's rows of all of them, which nothing is
+    drawn from. None: the space's tokens alone, and no such rows."""
 
     def __post_init__(self) -> None:
         for name in ("codes", "rows", "columns", "hidden", "layers", "heads", "kv_heads", "mlp"):
@@ -65,9 +74,9 @@ class WorldModelConfig:
                 raise InputError(
                     f"world model: {name} must be at least 1, got {getattr(self, name)}"
                 )
-        if self.frames < 2 or self.stem_channels < 1 or self.stem_blocks < 0:
+        if self.frames < 2 or self.stem_channels < 0 or self.stem_blocks < 0:
             raise InputError(
-                f"world model: frames must be >= 2, stem_channels >= 1 and stem_blocks >= 0, "
+                f"world model: frames must be >= 2, stem_channels >= 0 and stem_blocks >= 0, "
                 f"got {self.frames}, {self.stem_channels}, {self.stem_blocks}"
             )
         if self.hidden // self.heads % 2 or self.hidden // self.heads > 256:
@@ -80,6 +89,13 @@ class WorldModelConfig:
                 f"world model: hidden % heads and heads % kv_heads must be 0, "
                 f"got {self.hidden}, {self.heads}, {self.kv_heads}"
             )
+        if self.action_vocabulary is not None:
+            least = action_space(self.space).vocabulary
+            if self.action_vocabulary < least:
+                raise InputError(
+                    f"world model: action_vocabulary must be at least the {least} tokens of "
+                    f"{self.space}, got {self.action_vocabulary}"
+                )
 
     @property
     def tokens(self) -> int:
@@ -90,6 +106,13 @@ class WorldModelConfig:
     def block(self) -> int:
         """Tokens a generated frame adds to the stream: its action block and its image."""
         return self.tokens + action_space(self.space).block_tokens
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids: codes, then action tokens."""
+        if self.action_vocabulary is None:
+            return self.codes + action_space(self.space).vocabulary
+        return self.codes + self.action_vocabulary
 
     @property
     def positions(self) -> int:
@@ -196,19 +219,26 @@ class WorldModel(nn.Module):
     """p(visual tokens | earlier tokens, actions)."""
 
     rotary: Tensor
+    action_head: Tensor
+    """Rows [action_vocabulary, D] of the head that nothing is drawn from, if the config has any."""
+    origin: dict[str, Any] | None = None
+    """Of the file that the weights came from: what ``rlir.models.llama.save_llama`` writes back."""
 
     def __init__(self, config: WorldModelConfig):
         super().__init__()
         self.config = config
-        space = action_space(config.space)
-        self.action_tokens = space.block_tokens
-        vocabulary = config.codes + space.vocabulary
-        self.embed_tokens = nn.Embedding(vocabulary, config.hidden)
-        self.embed_slots = nn.Embedding(config.block, config.hidden)
-        self.stem = Stem(config)
+        self.action_tokens = action_space(config.space).block_tokens
+        self.embed_tokens = nn.Embedding(config.vocabulary, config.hidden)
+        slots = config.slot_embeddings
+        self.embed_slots = nn.Embedding(config.block, config.hidden) if slots else None
+        self.stem = Stem(config) if config.stem_channels else None
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.norm_eps)
         self.lm_head = Projection(config.hidden, config.codes)
+        if config.action_vocabulary is not None:
+            self.register_buffer(
+                "action_head", torch.zeros(config.action_vocabulary, config.hidden)
+            )
         self.register_buffer("rotary", rotary_table(config), persistent=False)
         self._longer: Tensor | None = None
         self._initialise()
@@ -217,10 +247,11 @@ class WorldModel(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-        nn.init.normal_(self.stem.embed.weight, std=0.5)
-        nn.init.normal_(self.stem.action.weight, std=0.3)
-        nn.init.zeros_(self.stem.output.weight)
-        nn.init.zeros_(self.stem.output.bias)
+        if self.stem is not None:
+            nn.init.normal_(self.stem.embed.weight, std=0.5)
+            nn.init.normal_(self.stem.action.weight, std=0.3)
+            nn.init.zeros_(self.stem.output.weight)
+            nn.init.zeros_(self.stem.output.bias)
         for layer in self.decoder_layers():  # residual branches start small, as in GPT-2
             for projection in (layer.self_attn.o_proj, layer.down_proj):
                 nn.init.normal_(projection.weight, std=0.02 / (2 * self.config.layers) ** 0.5)
@@ -234,7 +265,10 @@ class WorldModel(nn.Module):
         and what is learnt of one serves its neighbours. Rows then train freely.
         """
         digits = [torch.unique(channel, return_inverse=True)[1] for channel in latents.T]
-        for table in (self.embed_tokens.weight, self.stem.embed.weight, self.lm_head.weight):
+        tables = [self.embed_tokens.weight, self.lm_head.weight]
+        if self.stem is not None:
+            tables.insert(1, self.stem.embed.weight)
+        for table in tables:
             rows = table[: self.config.codes]
             std = float(rows.std()) / len(digits) ** 0.5
             shared = torch.zeros_like(rows)

@@ -13,10 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rlir import _library
@@ -24,14 +22,14 @@ from rlir.errors import InputError
 from rlir.models.stem import packed_stem
 from rlir.models.world_model import WorldModel, rotary_table
 from rlir.rollout.groups import Group, Pool, groups_of
-from rlir.rollout.memory import MemoryPlan, limit_of, refuse
+from rlir.rollout.memory import MemoryPlan, fit, limit_of
+from rlir.rollout.packing import WeightFormat, pack_decoder
 from rlir.rollout.sampling import Sampling
 from rlir.rollout.schedule import Plan, Schedule, sequential
-from rlir.rollout.stream import fed_tokens, given_tokens
+from rlir.rollout.stream import blank_trajectories, fed_tokens, given_tokens
 from rlir.rollout.trajectories import NOTHING, Prompt, Trajectories
 from rlir.tracing import span
 
-WeightFormat = Literal["dtype", "int8"]
 OnGroup = Callable[[int, Trajectories], object]
 _LARGE = 48 * 2**20
 """Bytes of weights beyond which all threads share every product: what the caches of a few cores
@@ -43,72 +41,6 @@ _KEYS = 128
 def rollout_seed(seed: int, number: int) -> int:
     """The key of one batch of rollouts: of a run's seed, below 2^31, and a number below 2^32."""
     return seed << 32 | number
-
-
-def _padded(x: Tensor) -> Tensor:
-    """float32, the last dimension padded with zeros to whole groups of 16."""
-    return F.pad(x.float(), (0, -x.shape[-1] % 16)).contiguous()
-
-
-def _pack(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Matrices of one shape, rounded, in the panels of csrc/cpu/product.h."""
-    out = None
-    for i, matrix in enumerate(matrices):
-        one = torch.ops.rlir._decoder_pack.default(matrix.to(dtype)[None], dtype == torch.bfloat16)
-        if len(matrices) == 1:
-            return one
-        if out is None:
-            out = one.new_empty(len(matrices), *one.shape[1:])
-            torch.ops.rlir._huge_pages.default(out)
-        out[i] = one[0]
-    assert out is not None
-    return out
-
-
-def _quantise(matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """int8 values in panels, and the scale of each output: w = scale value, value from -127 to
-    127."""
-    packed, scales = [], []
-    for matrix in matrices:
-        scale = (matrix.float().abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
-        values = (matrix.float() / scale[:, None]).round_().to(torch.int8)
-        packed.append(torch.ops.rlir._decoder_pack_int8.default(values[None]))
-        panel = packed[-1].shape[1] * _panel()
-        scales.append(F.pad(scale, (0, panel - len(scale))))
-    return torch.cat(packed), torch.stack(scales)
-
-
-def _panel() -> int:
-    """Outputs of a panel."""
-    one = torch.ops.rlir._decoder_pack.default(torch.zeros(1, 1, 1, dtype=torch.bfloat16), True)
-    return int(one.shape[3])
-
-
-def _pack_decoder(model: WorldModel, dtype: torch.dtype, weights: WeightFormat) -> list[Tensor]:
-    """Weights in the order of csrc/ops/decoder.cpp, but for the rotary table."""
-    layers = model.decoder_layers()
-    norms = [(x.input_layernorm.weight, x.post_attention_layernorm.weight) for x in layers]
-    slots = getattr(model, "embed_slots", None)
-    products = [
-        [x.self_attn.qkv_proj.weight for x in layers],
-        [x.self_attn.o_proj.weight for x in layers],
-        [half for x in layers for half in x.gate_up_proj.weight.chunk(2)],
-        [x.down_proj.weight for x in layers],
-    ]
-    if weights == "int8":
-        quantised = [_quantise(matrices) for matrices in products]
-        packed, scales = [x for x, _ in quantised], [x for _, x in quantised]
-    else:
-        packed, scales = [_pack(matrices, dtype) for matrices in products], []
-    return [
-        _padded(model.embed_tokens.weight.to(dtype)),
-        torch.empty(0) if slots is None else _padded(slots.weight.to(dtype)),
-        _padded(torch.stack([torch.stack(pair) for pair in norms]).to(dtype)),
-        _padded(model.norm.weight.to(dtype)),
-        *packed,
-        _pack([model.lm_head.weight[: model.config.codes]], dtype),
-        *scales,
-    ]
 
 
 @dataclass
@@ -183,7 +115,7 @@ class RolloutEngine:
             self._slow = StepwiseEngine(model, dtype)
             return
         with torch.inference_mode():
-            self._weights = _pack_decoder(model, dtype, weights)
+            self._weights = pack_decoder(model, dtype, weights)
             stem = getattr(model, "stem", None)
             self._stem = None if stem is None else packed_stem(stem, dtype)
 
@@ -249,7 +181,7 @@ class RolloutEngine:
             rollout=heads * 4 * (keys + values),
             workspace=0,
             results=drawn
-            * (8 + 8 + 4 + 4 + 4 + (-(-c.codes // 8) if self._truncates(request) else 0)),
+            * (8 + 8 + 4 + 4 + 4 + (-(-c.codes // 8) if request.sampling.truncates else 0)),
             group_size=g,
             groups=1,
         )
@@ -266,19 +198,7 @@ class RolloutEngine:
             stem = rollouts * c.tokens * c.hidden * 4 if self._stem else 0
             return teams * (space + logits) + threads * task + stem
 
-        limit = limit_of(self.max_bytes, one.weights)
-        plan = replace(one, workspace=workspace(1))
-        if limit is not None:
-            refuse(plan, limit)
-        for groups in range(2, len(request.groups) + 1):
-            more = replace(one, workspace=workspace(groups), groups=groups)
-            if limit is not None and more.total > limit:
-                break
-            plan = more
-        return plan
-
-    def _truncates(self, request: _Request) -> bool:
-        return request.sampling.truncates
+        return fit(one, workspace, len(request.groups), limit_of(self.max_bytes, one.weights))
 
     def _rows_a_step(self, plan: Plan) -> int:
         counts: dict[int, int] = {}
@@ -403,7 +323,11 @@ class RolloutEngine:
         memory = self._plan_memory(request, *given)
         _, _, keys, values, _, _ = torch.ops.rlir._decoder_sizes.default(*given, 1, _KEYS)
         caches = self._allocate(request, memory, (keys, values))
-        out = self._results(request, schedule)
+        out = blank_trajectories(
+            self.config, request.groups, request.group_size, request.plan,
+            schedule=schedule, sampling=request.sampling, seed=request.seed,
+            row_ids=request.row_ids, same_policy=self.weights == "dtype",
+        )  # fmt: skip
         pool = Pool(request.groups, memory.groups, request.group_size)
         seconds = {"prefill": 0.0, "stem": 0.0, "decode": 0.0}
         waiting: list[Future[object]] = []
@@ -432,41 +356,6 @@ class RolloutEngine:
             "groups_at_once": float(memory.groups),
         }
         return replace(out, timings={**seconds, **counts, "bytes": float(memory.total)})
-
-    def _results(self, request: _Request, schedule: Schedule) -> Trajectories:
-        c, g, length = self.config, request.group_size, request.length
-        b, s, a = len(request.groups) * g, c.tokens, self.action_tokens
-        codes = torch.full((b, length, s), NOTHING)
-        actions = torch.full((b, length - 1, a), NOTHING)
-        step = torch.full((b, length - 1, s), NOTHING, dtype=torch.int32)
-        steps = torch.tensor(request.plan.step_of(), dtype=torch.int32)
-        for group in request.groups:
-            rows = slice(group.index * g, (group.index + 1) * g)
-            codes[rows, : group.context] = group.codes
-            actions[rows, : group.frames - 1] = group.actions
-            for t in range(group.context, group.frames):
-                step[rows, t - 1] = steps + (t - group.context) * request.plan.steps
-        size = request.plan.slots + (length - 1) * (a + request.plan.slots)
-        truncates = request.sampling.truncates
-        return Trajectories(
-            codes=codes,
-            actions=actions,
-            context=torch.tensor([x.context for x in request.groups]).repeat_interleave(g),
-            frames=torch.tensor([x.frames for x in request.groups]).repeat_interleave(g),
-            logprob=torch.zeros(b, length - 1, s),
-            entropy=torch.zeros(b, length - 1, s),
-            step=step,
-            fed=torch.full((b, size), NOTHING),
-            group=torch.arange(len(request.groups)).repeat_interleave(g),
-            row_ids=request.row_ids,
-            support=torch.zeros(b, length - 1, s, -(-c.codes // 8), dtype=torch.uint8)
-            if truncates
-            else None,
-            seed=request.seed,
-            schedule=schedule,
-            sampling=request.sampling,
-            same_policy=self.weights == "dtype",
-        )
 
     def _rows(self, request: _Request, groups: Sequence[Group]) -> Tensor:
         """Rows of groups in the results."""
@@ -502,6 +391,19 @@ class RolloutEngine:
         )
         return out
 
+    def _stem_of_groups(
+        self, active: Sequence[Group], g: int, previous: Tensor, blocks: Tensor
+    ) -> Tensor:
+        """``_stem_of``, once for a group whose frame before was given: all see the same."""
+        fresh = [x.frame == x.context for x in active]
+        if not any(fresh) or g == 1:
+            return self._stem_of(previous, blocks)
+        rows = [range(i * g, i * g + (1 if new else g)) for i, new in enumerate(fresh)]
+        some = torch.tensor([row for part in rows for row in part])
+        said = self._stem_of(previous[some], blocks[some])
+        counts = [g if new else 1 for part, new in zip(rows, fresh, strict=True) for _ in part]
+        return said.repeat_interleave(torch.tensor(counts), 0)
+
     def _frame(
         self,
         request: _Request,
@@ -530,7 +432,7 @@ class RolloutEngine:
         stem = None
         if self._stem is not None:
             with _Clock(seconds, "stem"), span("rollout.stem", n):
-                stem = self._stem_of(previous, blocks)
+                stem = self._stem_of_groups(active, g, previous, blocks)
         ends = torch.arange(1, c.rows + 1) * c.columns - 1
         codes = torch.empty(n, c.tokens, dtype=torch.int64)
         logprob, entropy = torch.empty(2, n, c.tokens)

@@ -4,7 +4,8 @@ Everything is allocated before the first token is drawn, so a rollout that start
 memory on its way.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rlir.errors import InputError
@@ -76,9 +77,23 @@ def limit_of(max_bytes: int | None, held: int) -> int | None:
     return None if free is None else held + int(_SHARE * free)
 
 
-def refuse(plan: MemoryPlan, limit: int) -> None:
-    """One line with the numbers if ``plan``, of one group, does not fit."""
-    if plan.total > limit:
+def fit(
+    one: MemoryPlan, workspace: Callable[[int], int], most: int, limit: int | None
+) -> MemoryPlan:
+    """As many groups as the limit has room for, ``most`` at most. ``one`` is the plan of a single
+    group without its workspace; ``workspace`` says what a number of groups takes.
+
+    Raises:
+        InputError: not even one fits; the line has the numbers.
+    """
+    plan = replace(one, workspace=workspace(1))
+    if limit is not None and plan.total > limit:
         raise InputError(
             f"rollout: one group must fit max_bytes, {readable(limit)}, and takes {plan}"
         )
+    for groups in range(2, most + 1):
+        more = replace(one, workspace=workspace(groups), groups=groups)
+        if limit is not None and more.total > limit:
+            break
+        plan = more
+    return plan

@@ -4,14 +4,17 @@ Legend: L frames, C of them given, S visual tokens, A action tokens, S' slots of
 size. Frame 0 is an image, every later frame an action block and an image.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from rlir.models.world_model import WorldModelConfig
 from rlir.rollout.groups import Group
-from rlir.rollout.schedule import Plan
-from rlir.rollout.trajectories import NOTHING
+from rlir.rollout.sampling import Sampling
+from rlir.rollout.schedule import Plan, Schedule
+from rlir.rollout.trajectories import NOTHING, Trajectories
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,54 @@ def given_tokens(plan: Plan, action_tokens: int, codes: int, group: Group) -> Gi
         predicts = follows if t > 0 else torch.full((s,), -1)
         parts.append((group.codes[t], a + place, position + place, slot + slot_of, predicts))
     return GivenTokens(*(torch.cat(x).contiguous() for x in zip(*parts, strict=True)))
+
+
+def blank_trajectories(
+    config: WorldModelConfig,
+    groups: Sequence[Group],
+    group_size: int,
+    plan: Plan,
+    *,
+    schedule: Schedule,
+    sampling: Sampling,
+    seed: int,
+    row_ids: Tensor,
+    same_policy: bool = True,
+) -> Trajectories:
+    """Trajectories with all that is known before a token is drawn."""
+    g, s, a = group_size, config.tokens, config.block - config.tokens
+    length = max((group.frames for group in groups), default=1)
+    b = len(groups) * g
+    codes = torch.full((b, length, s), NOTHING)
+    actions = torch.full((b, length - 1, a), NOTHING)
+    step = torch.full((b, length - 1, s), NOTHING, dtype=torch.int32)
+    steps = torch.tensor(plan.step_of(), dtype=torch.int32)
+    for group in groups:
+        rows = slice(group.index * g, (group.index + 1) * g)
+        codes[rows, : group.context] = group.codes
+        actions[rows, : group.frames - 1] = group.actions
+        for t in range(group.context, group.frames):
+            step[rows, t - 1] = steps + (t - group.context) * plan.steps
+    support = None
+    if sampling.truncates:
+        support = torch.zeros(b, length - 1, s, -(-config.codes // 8), dtype=torch.uint8)
+    return Trajectories(
+        codes=codes,
+        actions=actions,
+        context=torch.tensor([x.context for x in groups], dtype=torch.int64).repeat_interleave(g),
+        frames=torch.tensor([x.frames for x in groups], dtype=torch.int64).repeat_interleave(g),
+        logprob=torch.zeros(b, length - 1, s),
+        entropy=torch.zeros(b, length - 1, s),
+        step=step,
+        fed=torch.full((b, plan.slots + (length - 1) * (a + plan.slots)), NOTHING),
+        group=torch.arange(len(groups)).repeat_interleave(g),
+        row_ids=row_ids,
+        support=support,
+        seed=seed,
+        schedule=schedule,
+        sampling=sampling,
+        same_policy=same_policy,
+    )
 
 
 def fed_tokens(plan: Plan, codes: int, drawn: Tensor, actions: Tensor, context: int) -> Tensor:

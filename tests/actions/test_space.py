@@ -174,7 +174,9 @@ def test_actions_of_another_number_of_factors_are_refused() -> None:
 def test_spaces_go_by_name() -> None:
     assert action_space("doom") is DOOM
     assert action_space("minecraft") is MINECRAFT
-    with pytest.raises(InputError, match=r"must be one of \['doom', 'minecraft'\], got 'quake'"):
+    with pytest.raises(
+        InputError, match=r"must be one of \['doom', 'minecraft', 'mineworld'\], got 'quake'"
+    ):
         action_space("quake")
 
 

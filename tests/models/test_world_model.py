@@ -159,13 +159,38 @@ def test_it_begins_as_a_model_without_a_stem() -> None:
         {"layers": 0},
         {"heads": 0},
         {"frames": 1},
-        {"stem_channels": 0},
+        {"stem_channels": -1},
         {"stem_blocks": -1},
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(InputError, match="world model: "):
         dataclasses.replace(WORLD_MODEL, **wrong)
+
+
+def test_a_vocabulary_has_room_for_the_spaces_tokens() -> None:
+    tokens = DOOM.vocabulary
+    with pytest.raises(InputError, match=f"action_vocabulary must be at least the {tokens} tokens"):
+        dataclasses.replace(WORLD_MODEL, action_vocabulary=tokens - 1)
+    model = WorldModel(dataclasses.replace(WORLD_MODEL, action_vocabulary=tokens + 3))
+    assert len(model.embed_tokens.weight) == V + tokens + 3
+    assert model.action_head.shape == (tokens + 3, WORLD_MODEL.hidden)
+    assert len(model.lm_head.weight) == V, "actions are not drawn"
+
+
+@pytest.mark.parametrize("without", [{"stem_channels": 0}, {"slot_embeddings": False}])
+def test_it_works_without_a_stem_or_slots(without: dict[str, int]) -> None:
+    config = dataclasses.replace(WORLD_MODEL, **without)
+    model = stirred(WorldModel(config)).eval()
+    assert (model.stem is None) == ("stem_channels" in without)
+    assert (model.embed_slots is None) == ("slot_embeddings" in without)
+    model.relate_codes(Tokenizer(TokenizerConfig(levels=(4, 4))).latents())
+    codes, actions = inputs()
+    other, after = codes.clone(), 2 * S - S // 2  # a token of frame 2, and what precedes it
+    other[:, 2, S // 2] = (other[:, 2, S // 2] + 1) % V
+    seen = changed(model, (codes, actions), (other, actions)).flatten()
+    assert not seen[: after + 1].any()
+    assert seen[after + 1 :].all()
 
 
 def test_an_unknown_action_space_is_refused() -> None:

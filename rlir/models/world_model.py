@@ -1,6 +1,6 @@
 """Autoregressive world model: a Llama-style decoder over frame tokens and action tokens.
 
-Layout (MineWorld, arXiv 2504.08388): image_0 | action_1 image_1 | action_2 image_2 | ...
+Stream (MineWorld, arXiv 2504.08388): image_0 | action_1 image_1 | action_2 image_2 | ...
 An image is its visual codes in raster order; an action is a block of tokens; action i conditions
 image i. Only visual tokens of image_1 and later are predicted.
 

@@ -19,6 +19,7 @@ SHAPES = {
     "one token": {"rows": 1, "columns": 1, "hidden": 16, "heads": 8, "kv_heads": 8, "mlp": 1},
     "several blocks of keys": {"rows": 8, "columns": 7, "frames": 3},
     "no blocks": {"rows": 4, "columns": 2, "stem_blocks": 0, "layers": 1},
+    "neither stem nor slot embeddings": {"stem_channels": 0, "slot_embeddings": False},
 }
 
 

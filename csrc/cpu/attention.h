@@ -258,6 +258,7 @@ struct PanelReach {
     own[lane] = clamped(r.own);
     tau[lane] = r.tau;
   }
+  Reach of(int lane) const { return {low[lane], high[lane], own[lane], tau[lane]}; }
 
   // Extremes of the lanes that see something; the lanes beyond are as the last one.
   void finish(int lanes) {
@@ -285,7 +286,7 @@ struct PanelReach {
 
   int64_t first_block() const { return least_low / kKeyBlock; }
   int64_t last_block() const { return (most_high + kKeyBlock - 1) / kKeyBlock; }  // exclusive
-  bool seen_by_all(int64_t start, int64_t end) const {
+  bool seen_by_all(int64_t start, int64_t end) const {  // but for stand-ins
     return start >= most_low && end <= least_high && end <= least_own;
   }
 };
@@ -313,11 +314,14 @@ inline Vi seen_lanes(const PanelReach& r, int i, int32_t slot, int32_t tau) {
 }
 
 // scores [count][kPanel] of slots `start` on: -infinity where not seen. seen[k]: by any lane.
-inline void mask_scores(const AttentionMask& mask, const PanelReach& r, int64_t start,
-                        int64_t count, int used, float* scores, bool* seen) {
+template <bool kRefreshed>
+inline void mask_slots(const AttentionMask& mask, const PanelReach& r, int64_t start, int64_t count,
+                       int used, float* scores, bool* seen) {
   for (int64_t k = 0; k < count; ++k) {
     const int64_t slot = start + k;
-    const int32_t tau = slot >= r.least_own ? tau_of(mask, slot) : 0;
+    const int32_t tau = slot < r.least_own ? 0
+                        : kRefreshed       ? steps_of(mask, slot).first
+                                           : tau_of(mask, slot);
     Vi any = {};
     for (int i = 0; i < used * kWidth; i += kWidth) {
       const Vi inside = seen_lanes(r, i, static_cast<int32_t>(slot), tau);
@@ -327,6 +331,44 @@ inline void mask_scores(const AttentionMask& mask, const PanelReach& r, int64_t 
     }
     seen[k] = any_lane(any);
   }
+}
+
+// One row of scores, of a stand-in's slot, which mask_slots may have masked. Returns whether any
+// lane sees it.
+inline bool mask_stand_in(const AttentionMask& mask, const PanelReach& r, int64_t slot, int used,
+                          float* scores) {
+  const Steps steps = steps_of(mask, slot);
+  Vi any = {};
+  for (int i = 0; i < used * kWidth; i += kWidth) {
+    const Vi own = load_ints(r.own + i) <= Vi{} + static_cast<int32_t>(slot);
+    const Vi inside = seen_lanes(r, i, static_cast<int32_t>(slot), steps.first) & own &
+                      (load_ints(r.tau + i) < Vi{} + steps.end);
+    any |= inside;
+    store_vector(scores + i, select(inside, load_vector(scores + i), splat(minus_infinity())));
+  }
+  return any_lane(any);
+}
+
+// Masks the scores of a block. Returns false if all lanes see all of it: then nothing was done.
+inline bool mask_scores(const AttentionMask& mask, const PanelReach& r, int64_t start,
+                        int64_t count, int used, float* scores, bool* seen) {
+  const bool all = r.seen_by_all(start, start + count);
+  if (mask.kind != MaskKind::kRefreshed) {
+    if (!all) mask_slots<false>(mask, r, start, count, used, scores, seen);
+    return !all;
+  }
+  int64_t stand_in = next_stand_in(mask, start);
+  if (all && stand_in >= start + count) return false;
+  if (all) {
+    for (int64_t k = 0; k < count; ++k) seen[k] = true;
+  } else {
+    mask_slots<true>(mask, r, start, count, used, scores, seen);
+  }
+  for (; stand_in < start + count; stand_in = next_stand_in(mask, stand_in + 1)) {
+    const int64_t k = stand_in - start;
+    seen[k] = mask_stand_in(mask, r, stand_in, used, scores + k * kPanel);
+  }
+  return true;
 }
 
 // --- A panel of queries --------------------------------------------------------------------------
@@ -520,11 +562,8 @@ inline void add_values_apart(Panel<F>& p, const VideoAttention& a, int64_t start
   const int64_t steps = words_of<F>(count, true), stride = round_up(a.dim, 16);
   for (int lane = 0; lane < p.lanes; ++lane) {
     bool seen[kKeyBlock];
-    for (int64_t k = 0; k < count; ++k) {
-      const int64_t slot = start + k;
-      seen[k] = slot >= p.reach.low[lane] && slot < p.reach.high[lane] &&
-                (slot < p.reach.own[lane] || tau_of(a.mask, slot) <= p.reach.tau[lane]);
-    }
+    const Reach reach = p.reach.of(lane);
+    for (int64_t k = 0; k < count; ++k) seen[k] = sees_slot(a.mask, reach, start + k);
     pack_rows_of<F>(a, true, start, count, seen, p.values);
 #if defined(__AMX_BF16__)
     if constexpr (kTiled<F>) {
@@ -557,8 +596,7 @@ inline void attend_blocks(Panel<F>& p, const VideoAttention& a, int64_t first, i
     panel_product<F>(p.scores, keys.first, keys.stride, count, p.q, words,
                      static_cast<int>(p.lanes), false);
     bool seen[kKeyBlock];
-    const bool all = p.reach.seen_by_all(start, start + count);
-    if (!all) mask_scores(a.mask, p.reach, start, count, p.used, p.scores, seen);
+    const bool all = !mask_scores(a.mask, p.reach, start, count, p.used, p.scores, seen);
     softmax_block<F>(p, count, a.dim, a.scale);
     const bool finite = pack_rows_of<F>(a, true, start, count, all ? nullptr : seen, p.values);
     if (!finite) {

@@ -263,9 +263,8 @@ void backward(const AttentionBackward& b, int64_t panel, WidePanel<F>& w) {
       panel_product<F>(p.scores, keys.first, keys.stride, count, p.q, words, p.lanes, false);
       panel_product<F>(w.grad_scores, values.first, values.stride, count, w.grad[i], words, p.lanes,
                        false);
-      if (!p.reach.seen_by_all(start, start + count)) {
-        bool here[kKeyBlock];
-        mask_scores(a.mask, p.reach, start, count, p.used, p.scores, here);
+      bool here[kKeyBlock];
+      if (mask_scores(a.mask, p.reach, start, count, p.used, p.scores, here)) {
         for (int64_t k = 0; k < count; ++k) seen[k] |= here[k];
         all = false;
       } else {

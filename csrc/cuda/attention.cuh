@@ -101,6 +101,26 @@ __device__ __forceinline__ int key_tau(const AttentionMask& m, int key) {
   return waits ? (r + 1) * ahead : r * ahead + c + 1;
 }
 
+// Steps of a key under a refreshed mask in 32 bits: the first, or its complement of a stand-in.
+__device__ __forceinline__ int key_steps(const AttentionMask& m, int key) {
+  const int image = static_cast<int>(m.image), action = static_cast<int>(m.action);
+  const int columns = static_cast<int>(m.columns), ahead = static_cast<int>(m.ahead);
+  const int i = (key + action) % (image + action) - action;
+  if (i < 0) return 0;
+  const int r = i / (columns + 1), c = i % (columns + 1);
+  const bool stand_in = c + 1 == columns && r + 1 < static_cast<int>(m.rows);
+  return stand_in ? ~((r + 1) * ahead) : r * ahead + min(c + 1, columns);
+}
+
+// sees() under a refreshed mask: a stand-in within its image, for columns - ahead steps.
+__device__ __forceinline__ bool sees_refreshed(const AttentionMask& m, const Sight& s, int key,
+                                               int steps) {
+  const bool inside = key >= s.low && key < s.high, before = key < s.own;
+  const int age = s.tau - (steps < 0 ? ~steps : steps);
+  const unsigned end = static_cast<unsigned>(m.columns - m.ahead);
+  return inside && (steps < 0 ? !before && static_cast<unsigned>(age) < end : before || age >= 0);
+}
+
 // Where a row of a tile is. `members` sequences from `sequence` on share the tile's keys.
 struct Query {
   int64_t sequence;
@@ -234,11 +254,13 @@ struct __align__(16) Span {
   }
 };
 
-// Of the rows of a warp, one or more a lane, joined by add().
+// Of the rows of a warp, one or more a lane, joined by add(). Under a refreshed mask no block is
+// whole: nearly all have stand-ins.
 __device__ __forceinline__ Span no_span() { return {kNever, 0, 0, kNever}; }
-__device__ __forceinline__ void add(Span& span, const Sight& s) {
+__device__ __forceinline__ void add(Span& span, const AttentionMask& mask, const Sight& s) {
   if (s.low == kNever) return;
-  const unsigned low = s.low, high = s.high, whole = min(s.own, s.high);
+  const unsigned low = s.low, high = s.high;
+  const unsigned whole = mask.kind == MaskKind::kRefreshed ? 0 : min(s.own, s.high);
   span = {min(span.low, low), max(span.high, high), max(span.whole_low, low),
           min(span.whole_high, whole)};
 }

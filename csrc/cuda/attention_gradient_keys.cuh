@@ -169,6 +169,12 @@ class KeyGradient {
           }
         }
       }
+    }
+    if constexpr (kMasked) {
+      if (a.mask.kind == MaskKind::kRefreshed) seen = hide(a.mask, slot, sights, s, hidden);
+    }
+#pragma unroll
+    for (int n = 0; n < 2 * kPairs; ++n) {
       p[n / 2][n % 2 * 2] = ptx::pack_bf16(s[n][0], s[n][1]);
       p[n / 2][n % 2 * 2 + 1] = ptx::pack_bf16(s[n][2], s[n][3]);
     }
@@ -192,6 +198,32 @@ class KeyGradient {
       p[n / 2][n % 2 * 2 + 1] = ptx::pack_bf16(s[n][2], s[n][3]);
     }
     add_product<kMasked>(dk, p, rows, seen);
+  }
+
+  // The rest of what a refreshed mask hides: becomes 0 in x. Returns what is seen of the rows.
+  static __device__ __forceinline__ uint32_t hide(const AttentionMask& mask, int slot,
+                                                  const Sight* sights, float (&x)[kRows / 8][4],
+                                                  uint32_t (&hidden)[2]) {
+    const int lane = threadIdx.x % 32, key = slot + threadIdx.x / 32 * 16 + lane / 4;
+    const int steps[2] = {key_steps(mask, key), key_steps(mask, key + 8)};
+    uint32_t seen = 0;
+#pragma unroll
+    for (int n = 0; n < kRows / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const Sight sight = sights[8 * n + lane % 4 * 2 + e];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if (sees_refreshed(mask, sight, key + 8 * half, steps[half])) {
+            seen |= 1u << (2 * n + e);
+          } else {
+            x[n][2 * half + e] = 0.0f;
+            hidden[half] |= 1u << (2 * n + e);
+          }
+        }
+      }
+    }
+    return seen;
   }
 
   // s += keys rows^T, of the warp's 16 keys.

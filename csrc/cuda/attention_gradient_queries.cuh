@@ -138,6 +138,12 @@ class QueryGradient {
             }
           }
         }
+      }
+      if constexpr (kMasked) {
+        if (mask.kind == MaskKind::kRefreshed) seen = hide(mask, slot + first, sight, s);
+      }
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
         ds[n / 2][n % 2 * 2] = ptx::pack_bf16(s[n][0], s[n][1]);
         ds[n / 2][n % 2 * 2 + 1] = ptx::pack_bf16(s[n][2], s[n][3]);
       }
@@ -155,6 +161,30 @@ class QueryGradient {
         }
       }
     }
+  }
+
+  // The rest of what a refreshed mask hides: becomes 0 in x. Returns what is seen of the keys.
+  static __device__ __forceinline__ uint32_t hide(const AttentionMask& mask, int slot,
+                                                  const Sight (&sight)[2],
+                                                  float (&x)[kAtATime / 8][4]) {
+    uint32_t seen = 0;
+#pragma unroll
+    for (int n = 0; n < kAtATime / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int key = slot + 8 * n + static_cast<int>(threadIdx.x % 4) * 2 + e;
+        const int steps = key_steps(mask, key);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if (sees_refreshed(mask, sight[half], key, steps)) {
+            seen |= 1u << (2 * n + e);
+          } else {
+            x[n][2 * half + e] = 0.0f;
+          }
+        }
+      }
+    }
+    return seen;
   }
 };
 

@@ -220,6 +220,16 @@ class SimtGradient {
         ds_[at] = visible ? p * (dp[r][c] - delta_[y + r]) : 0.0f;
       }
     }
+    if (a.mask.kind != MaskKind::kRefreshed) return;
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const int key = slot + x + 16 * c, steps = key_steps(a.mask, key);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int at = (y + r) * kScoreStride + x + 16 * c;
+        if (!sees_refreshed(a.mask, sights_[y + r], key, steps)) p_[at] = ds_[at] = 0.0f;
+      }
+    }
   }
 
   Sight* sights_;

@@ -139,6 +139,16 @@ class SimtTile {
         if (!sees(sight[r], key, tau)) s[r][e] = -INFINITY;
       }
     }
+    if (a.mask.kind == MaskKind::kRefreshed) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int key = slot + 4 * lane + e, steps = key_steps(a.mask, key);
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          if (!sees_refreshed(a.mask, sight[r], key, steps)) s[r][e] = -INFINITY;
+        }
+      }
+    }
     float factor[4];
 #pragma unroll
     for (int r = 0; r < 4; ++r) {

@@ -26,12 +26,16 @@
 namespace rlir::cuda {
 namespace {
 
+// What a block hides from the rows of a warp: nothing; or keys; or stand-ins too (core/reach.h).
+enum class Hides { kNothing, kKeys, kStandIns };
+
 constexpr uint32_t kOnes = 0x3f803f80u;  // two bf16
 
 // kParts: of the keys. kKeeps: there may be more than a chunk.
 template <int D, int kM, int kParts, bool kKeeps>
 class AttentionTile {
  public:
+  static constexpr bool kRefreshes = kM == 1;  // refreshed masks: taller tiles lack registers
   static constexpr int kRows = 64 * kM, kWarps = kAttentionThreads / 32;
   static constexpr uint32_t kTile = kKeyBlock * D * 2;  // bytes; a stage has K and V
   static constexpr size_t kKept = kKeeps ? kAttentionThreads * kM * (2 * D + 4) : 0;
@@ -85,9 +89,11 @@ class AttentionTile {
       const Span span = spans()[threadIdx.x / 32];
       if (!span.touches(slot)) continue;
       if (span.covers(slot)) {
-        step<false>(a.mask, k, k + kTile, slot);
+        step<Hides::kNothing>(a.mask, k, k + kTile, slot);
+      } else if (!kRefreshes || a.mask.kind != MaskKind::kRefreshed) {
+        step<Hides::kKeys>(a.mask, k, k + kTile, slot);
       } else {
-        step<true>(a.mask, k, k + kTile, slot);
+        step<Hides::kStandIns>(a.mask, k, k + kTile, slot);
       }
     }
     if (kept) join();
@@ -259,7 +265,7 @@ class AttentionTile {
         sight = sight_of(a, q.sequence, q.token);
       }
       sights_[in_tile] = sight;
-      add(span, sight);
+      add(span, a.mask, sight);
     }
     __syncwarp();
     span = over_warp(span);
@@ -286,7 +292,7 @@ class AttentionTile {
     }
   }
 
-  template <bool kMasked>
+  template <Hides kHides>
   __device__ __forceinline__ void step(const AttentionMask& mask, uint32_t k, uint32_t v,
                                        int slot) {
     float s[kM][8][4];
@@ -309,7 +315,8 @@ class AttentionTile {
       }
     }
     uint32_t seen = kAllLanes;  // of keys 8 n + 2 (lane % 4) + e, bit 2 n + e: by a row of the warp
-    if constexpr (kMasked) seen = hide(mask, slot, s);
+    if constexpr (kHides == Hides::kKeys) seen = hide(mask, slot, s);
+    if constexpr (kHides == Hides::kStandIns) seen = hide_refreshed(mask, slot, s);
     uint32_t p[kM][4][4];
 #pragma unroll
     for (int j = 0; j < kM; ++j) {
@@ -335,7 +342,9 @@ class AttentionTile {
       for (int d = 0; d < D / 16; ++d) {
         uint32_t b[4];
         load_across<D>(b, v, 16 * i, 2 * d);
-        if constexpr (kMasked) b[0] &= even, b[1] &= odd, b[2] &= even, b[3] &= odd;
+        if constexpr (kHides != Hides::kNothing) {
+          b[0] &= even, b[1] &= odd, b[2] &= even, b[3] &= odd;
+        }
 #pragma unroll
         for (int j = 0; j < kM; ++j) {
           ptx::mma_bf16(sums_[j][2 * d], p[j][i], b[0], b[1]);
@@ -366,6 +375,32 @@ class AttentionTile {
           if (!second) s[j][n][2 + e] = -INFINITY;
           if (first || second) seen |= 1u << (2 * n + e);
         }
+      }
+    }
+    return over_rows(seen);
+  }
+
+  // The same under a refreshed mask. What is seen is found out in a loop: registers are full.
+  __device__ __forceinline__ uint32_t hide_refreshed(const AttentionMask& mask, int slot,
+                                                     float (&s)[kM][8][4]) const {
+    const int lane = threadIdx.x % 32;
+    const int steps[2] = {key_steps(mask, slot + lane), key_steps(mask, slot + 32 + lane)};
+    uint32_t seen = 0;
+#pragma unroll
+    for (int j = 0; j < kM; ++j) {
+      const Sight* sights = sights_ + warp_row() + 16 * j + lane / 4;
+      uint32_t bits = 0;  // 2 n + e of the upper row; 16 more of the lower one
+#pragma unroll 4
+      for (int i = 0; i < 16; ++i) {
+        const int at = i / 2 * 8 + lane % 4 * 2 + i % 2;
+        const int own = __shfl_sync(kAllLanes, i < 8 ? steps[0] : steps[1], at % 32);
+        if (sees_refreshed(mask, sights[0], slot + at, own)) bits |= 1u << i;
+        if (sees_refreshed(mask, sights[8], slot + at, own)) bits |= 1u << (16 + i);
+      }
+      seen |= bits | bits >> 16;
+#pragma unroll
+      for (int i = 0; i < 32; ++i) {
+        if ((bits >> i & 1) == 0) s[j][i % 16 / 2][i / 16 * 2 + i % 2] = -INFINITY;
       }
     }
     return over_rows(seen);

@@ -55,7 +55,9 @@ template <int D>
 int forward(const AttentionForward& f, void* stream) {
   const int64_t rows = f.in.tokens * (f.in.heads / f.in.kv_heads);
   if (f.in.dtype == Dtype::kBFloat16) {
-    if (kTall<D> == 1 || rows <= 64) return attend<D, 1>(f, rows, stream);
+    if (kTall<D> == 1 || rows <= 64 || f.in.mask.kind == MaskKind::kRefreshed) {
+      return attend<D, 1>(f, rows, stream);
+    }
     return attend<D, kTall<D>>(f, rows, stream);
   }
   const int64_t tiles = ceil_div<int64_t>(rows, kSimtRows);

@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
     if (row < rows) {
       const Query q = query_of(a, batch * members, kv_head, row);
       sight = sight_of(a, q.sequence, q.token);
-      add(span, sight);
+      add(span, a.mask, sight);
       if (sight.low == kNever) span.whole_low = kNever;  // it must be hidden everywhere
     }
     static_cast<Sight*>(to.sights)[batch * padded + row] = sight;

@@ -27,7 +27,7 @@ inline AttentionMask attention_mask(const char* op, const std::string& kind,
     RLIR_CHECK(kind == "diagonal", op,
                ": mask must be 'causal', 'frame_causal' or 'diagonal', got '", kind, "'");
     m.kind = MaskKind::kDiagonal;
-    count = 6;
+    count = 7;
   }
   RLIR_CHECK(numbers.size() == count, op, ": mask_numbers of '", kind, "' must be ", count,
              ", got ", numbers.size());
@@ -50,10 +50,16 @@ inline AttentionMask attention_mask(const char* op, const std::string& kind,
     m.action = numbers[3];
     m.window = numbers[4];
     m.context = numbers[5];
-    m.image = m.rows * m.columns;
+    const int64_t refresh = numbers[6];
+    m.image = m.rows * (m.columns + refresh) - refresh;
     RLIR_CHECK(m.ahead >= 1 && m.ahead <= m.columns, op,
                ": the window of 'diagonal' must be from 1 to its columns ", m.columns, ", got ",
                m.ahead);
+    RLIR_CHECK(refresh <= 1, op, ": the refresh of 'diagonal' must be 0 or 1, got ", refresh);
+    RLIR_CHECK(refresh == 0 || m.ahead < m.columns, op,
+               ": the window of 'diagonal' must be below its columns ", m.columns,
+               " with refresh, got ", m.ahead);
+    if (refresh == 1 && m.rows > 1) m.kind = MaskKind::kRefreshed;  // one row has no stand-in
   }
   RLIR_CHECK(m.image >= 1 && m.image < kLimit, op,
              ": a frame of the mask must have from 1 and below 2^31 tokens, got ", m.image);

@@ -26,9 +26,7 @@ Tensor reach(std::string kind, std::vector<int64_t> numbers, const Tensor& posit
   bool* seen = out.mutable_data_ptr<bool>();
   for (int64_t i = 0; i < n; ++i) {
     const Reach r = reach_of(mask, positions.const_data_ptr<int64_t>()[i], keys);
-    for (int64_t k = 0; k < keys; ++k) {
-      *seen++ = r.low <= k && k < r.high && (k < r.own || tau_of(mask, k) <= r.tau);
-    }
+    for (int64_t k = 0; k < keys; ++k) *seen++ = sees_slot(mask, r, k);
   }
   return out;
 }

@@ -21,6 +21,7 @@ _NUMBERS = {
         "action_tokens": 0,
         "window_frames": 0,
         "context_frames": 0,
+        "refresh": 0,
     },
 }
 """The numbers of each kind in their order, and the least each may be."""
@@ -36,7 +37,7 @@ class Mask:
     kind: str
     """"causal", "frame_causal" or "diagonal"."""
     numbers: tuple[int, ...]
-    """The arguments of that function, in order; a window of None is 0."""
+    """The arguments of that function, in order; a window of None is 0, refresh is 0 or 1."""
 
     def __post_init__(self) -> None:
         names = _NUMBERS.get(self.kind)
@@ -50,11 +51,19 @@ class Mask:
             _check(self.kind, name, value, least)
         if self.kind == "diagonal":
             rows, columns, window = self.numbers[:3]
+            refresh = self.numbers[6]
             if window > columns:
                 raise InputError(f"diagonal: window must be <= columns, got {window} > {columns}")
-            if rows * columns >= _LIMIT:
+            if refresh > 1:
+                raise InputError(f"diagonal: refresh must be 0 or 1, got {refresh}")
+            if refresh and window == columns:
                 raise InputError(
-                    f"diagonal: rows x columns must be below 2^31, got {rows} x {columns}"
+                    f"diagonal: window must be < columns with refresh, got {window} of {columns}"
+                )
+            if _slots(rows, columns, refresh) >= _LIMIT:
+                raise InputError(
+                    "diagonal: rows x columns must be below 2^31"
+                    f"{', with a slot more a row' if refresh else ''}, got {rows} x {columns}"
                 )
 
 
@@ -86,25 +95,36 @@ def diagonal(
     action_tokens: int = 0,
     window_frames: int | None = None,
     context_frames: int = 1,
+    refresh: bool = False,
 ) -> Mask:
     """What a token saw when it was drawn by diagonal decoding (arXiv 2503.14070).
 
     Row r + 1 of an image begins once row r has ``window`` tokens, w, and every row under way
     advances by one token a step. Slot (r, c) is fed to the model at step tau = r w + c + 1. The
     last column is another matter: row r + 1 begins by feeding row r's last slot, at (r + 1) w, with
-    a filler in place of the token that is not drawn yet; only the image's last slot is fed with its
-    own token, when the next action block is. A query sees a key of its image if that is not after
-    it in raster order and not fed later, tau(key) <= tau(query), and all that is before its image.
+    a stand-in for the token that is not drawn yet; only the image's last slot is fed with its own
+    token, when the next action block is. A query sees a key of its image if that is not after it in
+    raster order and not fed later, tau(key) <= tau(query), and all that is before its image.
+
+    With ``refresh`` the last token of a row is fed as well, once it is drawn, into a slot of its
+    own, and the stand-in is seen no longer. Every row but the last has C + 1 slots: those of
+    columns 0 to C - 2, the stand-in's, fed at (r + 1) w, and the last token's, fed at r w + C. A
+    query of a generated image sees a stand-in of its image if (r + 1) w <= tau(query) < r w + C;
+    nothing else ever sees one: not later frames, nor context frames, where that slot holds nothing.
 
     Args:
-        rows, columns: of an image; S is their product.
+        rows, columns: of an image; S is their product, with ``refresh`` rows - 1 more.
         window: w, from 1 to ``columns``; ``columns`` is raster order, one token after the other.
         action_tokens: A, tokens before every image but the first.
         window_frames: how many frames are seen, the query's own with its actions among them.
         context_frames: the first frames, which were not drawn but given: causal.
+        refresh: whether drawn tokens take the place of stand-ins; ``window`` is below ``columns``.
     """
     frames = _window("diagonal", "window_frames", window_frames)
-    return Mask("diagonal", (rows, columns, window, action_tokens, frames, context_frames))
+    if not isinstance(refresh, bool):
+        raise InputError(f"diagonal: refresh must be True or False, got {refresh!r}")
+    numbers = (rows, columns, window, action_tokens, frames, context_frames, int(refresh))
+    return Mask("diagonal", numbers)
 
 
 def visible(mask: Mask, q_positions: Tensor, keys: int) -> Tensor:
@@ -126,8 +146,8 @@ def sees(mask: Mask, q_positions: Tensor, k_positions: Tensor) -> Tensor:
     if mask.kind == "frame_causal":
         image, action, window = mask.numbers
     else:
-        rows, columns, ahead, action, window, context = mask.numbers
-        image = rows * columns
+        rows, columns, ahead, action, window, context, refresh = mask.numbers
+        image = _slots(rows, columns, refresh)
     # As if the stream began with an action block: slot -1 of a frame is its last action token.
     q_frame, k_frame = (_floor_div(x + action, image + action) for x in (q, k))
     q_slot, k_slot = (
@@ -137,16 +157,31 @@ def sees(mask: Mask, q_positions: Tensor, k_positions: Tensor) -> Tensor:
     if mask.kind == "frame_causal":
         seen = before | same_image
     else:
-        fed_later = _tau(k_slot, rows, columns, ahead) > _tau(q_slot, rows, columns, ahead)
-        seen = before & ~(same_image & (q_frame >= context) & fed_later)
+        own = same_image & (q_frame >= context)
+        q_tau, k_tau = (_tau(slot, rows, columns, ahead, refresh) for slot in (q_slot, k_slot))
+        seen = before & ~(own & (k_tau > q_tau))
+        if refresh:
+            replaced = q_tau - k_tau >= columns - ahead
+            seen = seen & ~(_waits(k_slot, rows, columns, refresh) & (replaced | ~own))
     return seen & (k_frame > q_frame - window) if window else seen
 
 
-def _tau(slot: Tensor, rows: int, columns: int, ahead: int) -> Tensor:
-    r = _floor_div(slot, columns)
-    c = slot - r * columns
-    waits = (c == columns - 1) & (r < rows - 1)
-    return torch.where(waits, (r + 1) * ahead, r * ahead + c + 1)
+def _slots(rows: int, columns: int, refresh: int) -> int:
+    """S of a diagonal mask."""
+    return rows * (columns + refresh) - refresh
+
+
+def _waits(slot: Tensor, rows: int, columns: int, refresh: int) -> Tensor:
+    """Whether a slot is fed when the next row begins, before its token is drawn."""
+    r = _floor_div(slot, columns + refresh)
+    return (slot - r * (columns + refresh) == columns - 1) & (r >= 0) & (r < rows - 1)
+
+
+def _tau(slot: Tensor, rows: int, columns: int, ahead: int, refresh: int) -> Tensor:
+    r = _floor_div(slot, columns + refresh)
+    c = slot - r * (columns + refresh)
+    fed = r * ahead + (c + 1).clamp(max=columns)
+    return torch.where(_waits(slot, rows, columns, refresh), (r + 1) * ahead, fed)
 
 
 def _floor_div(x: Tensor, y: int) -> Tensor:

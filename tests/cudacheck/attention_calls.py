@@ -13,6 +13,7 @@ from cudacheck.probing import aligned
 from rlir.ops import Mask
 
 KINDS = {"causal": 0, "frame_causal": 1, "diagonal": 2}
+REFRESHED = 3
 THREADS, SIMT_THREADS = 128, 256
 
 
@@ -95,8 +96,9 @@ def mask_struct(mask: Mask) -> AttentionMask:
     elif mask.kind == "frame_causal":
         out.image, out.action, out.window = n
     else:
-        out.rows, out.columns, out.ahead, out.action, out.window, out.context = n
-        out.image = out.rows * out.columns
+        out.rows, out.columns, out.ahead, out.action, out.window, out.context, refresh = n
+        out.image = out.rows * (out.columns + refresh) - refresh
+        out.kind = REFRESHED if refresh and out.rows > 1 else out.kind
     return out
 
 
@@ -170,9 +172,10 @@ def tensor(raw: np.ndarray, dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.from_numpy(raw[:size]).view(dtype).view(shape)
 
 
-def tall(depth: int, rows: int) -> int:
+def tall(depth: int, rows: int, mask: Mask) -> int:
     """Rows of a tile over 64 (video_attention.cu)."""
-    return 1 if depth == 128 or rows <= 64 else 2
+    refreshed = mask_struct(mask).kind == REFRESHED
+    return 1 if depth == 128 or rows <= 64 or refreshed else 2
 
 
 def tile_bytes(depth: int, tall: int, *, keeps: bool) -> int:

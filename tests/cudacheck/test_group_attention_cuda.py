@@ -54,7 +54,7 @@ def forward(g: Group, mask: Mask, kernels: dict) -> list[tuple[Tensor, Tensor]]:
         out, lse = memory.take(2 * q.numel()), memory.take(4 * n * t * hq)
         f = Forward(call, out.ctypes.data, lse.ctypes.data)
         rows = t * hq // call.kv_heads
-        m = tall(d, rows)
+        m = tall(d, rows, mask)
         tiles = -(-rows // (64 * m))
         kernel = kernels[f"attend_kernel<{d}, {m}, {call.parts}>"]
         options = memory.options(tile_bytes(d, m, keeps=True))
@@ -115,6 +115,7 @@ def backward(
         ("sm_80", (1, 2, 40, 30), (2, 1), 64, causal()),
         ("sm_90", (2, 2, 13, 20), (2, 2), 32, diagonal(3, 4, 2, 1)),
         ("sm_80", (1, 2, 20, 9), (3, 1), 128, causal(12)),
+        ("sm_80", (1, 2, 20, 15), (2, 1), 32, diagonal(3, 4, 2, 1, None, 0, True)),
     ],
 )
 def test_ptx(arch: str, sizes: tuple, heads: tuple, d: int, mask: Mask) -> None:

@@ -74,6 +74,10 @@ CASES = {
     "windows": (step(2, 2, 3, 40, 70, (3, 1), 64, BF16, ragged=True, mask=causal(33)), "sm_90"),
     "frames": (step(1, 3, 2, 60, 24, (2, 2), 128, BF16, mask=frame_causal(20, 4)), "sm_80"),
     "diagonal": (step(1, 2, 3, 30, 60, (4, 2), 64, BF16, mask=diagonal(3, 6, 2, 4)), "sm_90"),
+    "refresh": (
+        step(1, 2, 3, 30, 60, (4, 2), 64, BF16, mask=diagonal(3, 6, 2, 4, refresh=True)),
+        "sm_80",
+    ),
 }
 
 

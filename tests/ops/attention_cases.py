@@ -41,6 +41,8 @@ MASKS = {
     "frame_window": frame_causal(20, 0, 3),
     "diagonal": diagonal(4, 6, 2, 5),
     "diagonal_window": diagonal(5, 8, 3, 2, 3, 0),
+    "refresh": diagonal(4, 6, 2, 5, refresh=True),
+    "refresh_window": diagonal(5, 8, 3, 2, 3, 0, refresh=True),
 }
 NAMES = ("out", "lse", "dq", "dk", "dv")
 
@@ -56,8 +58,10 @@ def masks(draw: st.DrawFn) -> Mask:
     if kind == "frame_causal":
         return frame_causal(draw(st.integers(1, 60)), action, draw(windows))
     columns = draw(st.integers(1, 9))
-    sizes = (draw(st.integers(1, 6)), columns, draw(st.integers(1, columns)))
-    return diagonal(*sizes, action, draw(windows), draw(st.integers(0, 2)))
+    rows, window = draw(st.integers(1, 6)), draw(st.integers(1, columns))
+    refresh = window < columns and draw(st.booleans())
+    context = draw(st.integers(0, 2))
+    return diagonal(rows, columns, window, action, draw(windows), context, refresh)
 
 
 # --- video_attention -----------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from backends import Backend, backends_of, instruction_sets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from row_cases import normal
-from test_masks import schedule
+from test_masks import schedule, stand_ins
 from testkit import FULL, examples
 from torch import Tensor
 
@@ -331,15 +331,24 @@ def test_bits_do_not_depend_on_the_group(op: Backend, dtype: torch.dtype, p: int
 
 @native
 @dtypes
-def test_diagonal_decoding_has_the_bits_of_the_trainer(op: Backend, dtype: torch.dtype) -> None:
-    """Frames decoded step by step into a cache of NaN, then scored in one forward pass."""
-    rows, columns, ahead, action, prompt = 4, 6, 2, 3, 24
-    mask = diagonal(rows, columns, ahead, action)
-    block, image = action + rows * columns, rows * columns
+@pytest.mark.parametrize("refresh", [False, True])
+def test_diagonal_decoding_has_the_bits_of_the_trainer(
+    op: Backend, dtype: torch.dtype, refresh: bool
+) -> None:
+    """Frames decoded step by step into a cache of NaN, then scored in one forward pass.
+
+    With refresh, stand-ins become NaN again when they are replaced, and in the prompt they are NaN.
+    """
+    rows, columns, ahead, action = 4, 6, 2, 3
+    mask = diagonal(rows, columns, ahead, action, refresh=refresh)
+    image = rows * (columns + refresh) - refresh
+    block, prompt = action + image, image
     total = prompt + 2 * block
     q = normal(2, total, 4, 32, dtype=dtype)
     k, v = (normal(2, total, 2, 32, dtype=dtype, seed=i) for i in (1, 2))
     prefix = [t[:1, :prompt] for t in (k, v)]
+    replaced = sorted(stand_ins(rows, columns)) if refresh else []
+    k[0, replaced], v[0, replaced] = torch.nan, torch.nan
     k[1, :prompt], v[1, :prompt] = k[0, :prompt], v[0, :prompt]
     with op.active():
         want = video_attention(q, k, v, mask=mask)[:, prompt:]
@@ -349,11 +358,13 @@ def test_diagonal_decoding_has_the_bits_of_the_trainer(op: Backend, dtype: torch
     for frame in range(2):
         steps = [[*last, *range(frame * block, frame * block + action)]]
         start = frame * block + action
-        steps += [[start + slot for slot in fed] for fed in schedule(rows, columns, ahead)]
+        steps += [[start + slot for slot in fed] for fed in schedule(rows, columns, ahead, refresh)]
         last = [start + image - 1]
         for fed in steps:
             slots = torch.tensor(fed)
             cache_k[:, slots], cache_v[:, slots] = k[:, prompt + slots], v[:, prompt + slots]
+            gone = [start + slot for slot in replaced if start + slot + 1 in fed]
+            cache_k[:, gone], cache_v[:, gone] = torch.nan, torch.nan
             got[:, slots] = op(
                 *(q[:, prompt + slots], *prefix, cache_k, cache_v),
                 prefix_lengths=torch.tensor([prompt]),

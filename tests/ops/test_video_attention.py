@@ -257,6 +257,25 @@ def test_what_nobody_sees_does_not_matter(op: Backend, dtype: torch.dtype, mask:
 
 @backends
 @dtypes
+def test_stand_ins_are_not_seen_by_later_frames(op: Backend, dtype: torch.dtype) -> None:
+    """Nor in the context, in blocks of keys of which queries see the rest."""
+    mask = diagonal(4, 6, 2, 5, refresh=True)
+    x = inputs(1, 40, 400, dtype=dtype, mask=mask)
+    clean = outputs(op, x)
+    unseen = ~seen_by(x).any(1)
+    frames = [frame * (5 + 27) for frame in range(11)]  # 27 slots of an image, 5 of actions
+    stand_ins = [start + slot for start in frames for slot in (5, 12, 19)]
+    assert unseen[0].nonzero().flatten().tolist() == stand_ins
+    x.k[unseen] = x.v[unseen] = torch.nan
+    for name, got, want in zip(NAMES, outputs(op, x), clean, strict=True):
+        assert got.equal(want), name
+    for grad in clean[3:]:
+        assert grad[unseen].eq(0).all()
+    check_against_float64(op, inputs(1, 40, 400, dtype=dtype, mask=mask))
+
+
+@backends
+@dtypes
 def test_extreme_scores(op: Backend, dtype: torch.dtype) -> None:
     """One key takes all; the rest is too far below to be seen in the sum."""
     x = inputs(1, 5, 140, dtype=dtype, mask=causal())

@@ -1,102 +1,275 @@
-"""Group rollouts of the embedded Doom model: the engine against plain PyTorch, by turns.
+"""Group rollouts: the engine against language-model servers and plain PyTorch.
 
-    python benchmarks/bench_rollout.py [--rounds 5] [--prompts 4] [--threads N] [--cpu-time]
+    python benchmarks/bench_rollout.py [ROW ...] [--rounds 3] [--vllm PYTHON] [--preload LIB ...]
 
-Peer: benchmarks/peers/plain_loop.py. The limit is what the products alone would take at the
-machine's bfloat16 rate, measured in the same run on a large product; attention over the cache,
-norms and sampling come on top of it and are not counted.
+Rows (all by default): `mineworld` (one prompt of 8 frames of MineWorld-300M, 16 rollouts of a
+frame), `many` (16 such prompts within 12 GiB), `doom` (the embedded model). Peers: transformers'
+generate; vLLM in an environment of its own, made by benchmarks/peers/make_vllm_environment.py and
+left out without --vllm; benchmarks/peers/plain_loop.py. Weights of MineWorld's shape are random.
+
+The engine's runs and the peers' processes take turns. transformers is timed over a few tokens and
+its time for the frame is that of its median step. The limit is rlir.rollout.cost at the rates of a
+large bfloat16 product and of a copy, measured in the same run.
 """
 
 import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from harness import emit, interleave, machine, table
+from peers.llama_checkpoint import main as make_checkpoint
 from peers.plain_loop import plain_rollout
 
 from rlir.actions.space import action_space
+from rlir.models.llama import load_llama
 from rlir.models.load import EMBEDDED, load_world_model
-from rlir.models.world_model import WorldModel
+from rlir.models.world_model import WorldModel, WorldModelConfig
+from rlir.rollout import cost
 from rlir.rollout.engine import RolloutEngine
+from rlir.rollout.sampling import Sampling, greedy
+from rlir.rollout.schedule import Schedule, diagonal, sequential
 from rlir.rollout.stepwise import inference_copy
-from rlir.rollout.trajectories import prompts_of
+from rlir.rollout.trajectories import Prompt, Trajectories
 
-GROUP, SIDE = 16, 2048
+GROUP, CONTEXT, SIDE, COPIED = 16, 8, 4096, 2**28
+TOP_P = Sampling(top_p=0.8)
+PEERS = Path(__file__).parent / "peers"
 
 
-def flops(model: WorldModel, prompts: int, rollouts: int, frames: int) -> float:
-    """Multiplications and additions of all products with weights."""
-    config, stem = model.config, model.stem
-    layer = sum(p.numel() for x in model.layers for p in x.parameters() if p.dim() == 2)
-    fed = (frames - 1) * config.block - 1  # the last token is never fed
-    convolutions = sum(p.numel() for p in stem.parameters() if p.dim() == 4)
-    a_token = convolutions + stem.output.weight.numel()
-    drawn = (frames - 1) * config.tokens
-    head = model.lm_head.weight.numel()
-    return 2.0 * (
-        prompts * config.tokens * layer + rollouts * (fed * layer + drawn * (head + a_token))
+def limits() -> tuple[float, float]:
+    """FLOP/s of a large bfloat16 product and bytes/s, read and written, of a copy."""
+    square = torch.randn(SIDE, SIDE).bfloat16()
+    source, target = torch.ones(COPIED // 4), torch.ones(COPIED // 4)
+    calls = {"product": lambda: square @ square, "copy": lambda: target.copy_(source)}
+    times = interleave(calls, 5, seconds=0.2, warmup=2)
+    return 2 * SIDE**3 / times["product"], 2 * COPIED / times["copy"]
+
+
+def prompt(config: WorldModelConfig, context: int, frames: int, seed: int) -> Prompt:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = action_space(config.space).factor_sizes
+    count = (context - 1 + frames,)
+    actions = torch.stack([torch.randint(n, count, generator=generator) for n in sizes], -1)
+    return Prompt(
+        torch.randint(config.codes, (context, config.tokens), generator=generator), actions
     )
+
+
+def least(
+    config: WorldModelConfig, schedule: Schedule, rates: tuple[float, float], **sizes: int
+) -> float:
+    """Seconds that the work takes at the machine's rates."""
+    plan, frames = schedule.plan(config.rows, config.columns), sizes.pop("frames")
+    passes = [cost.prefill(config, sizes["context"])] * sizes["groups"]
+    for frame in range(sizes["context"], sizes["context"] + frames):
+        passes += cost.steps(config, plan, frame=frame, **sizes)
+    return cost.seconds_of(passes, *rates)
+
+
+def peer(python: str, script: str, checkpoint: Path, *options: object) -> dict[str, Any]:
+    """A peer's own process; its line of JSON."""
+    command = [python, PEERS / script, checkpoint, *options]
+    done = subprocess.run(
+        [str(x) for x in command],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    if done.returncode:
+        sys.exit(f"{script}: {done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def timed(call: Callable[[], Trajectories]) -> tuple[float, Trajectories]:
+    begin = time.perf_counter()
+    out = call()
+    return time.perf_counter() - begin, out
+
+
+def turns(
+    candidates: dict[str, Callable[[], tuple[float, float]]], rounds: int
+) -> dict[str, tuple[float, float]]:
+    """Medians of (prefill, total) seconds; each candidate once a round."""
+    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, call in candidates.items():
+            seen[name].append(call())
+            print(f"  {name}: {seen[name][-1][1]:.2f} s", file=sys.stderr)
+    return {
+        name: (statistics.median(x for x, _ in runs), statistics.median(x for _, x in runs))
+        for name, runs in seen.items()
+    }
+
+
+def mineworld(options: argparse.Namespace, folder: Path, prompts: int) -> dict[str, Any]:
+    """MineWorld-300M's shape: 2,776 tokens of prompt, a frame of 336 for each rollout."""
+    checkpoint = folder / "llama-300m"
+    if not checkpoint.exists():
+        sys.argv = ["llama_checkpoint.py", str(checkpoint)]
+        make_checkpoint()
+    rates = limits()
+    model = load_llama(checkpoint, rows=14, columns=24, frames=16)
+    config = model.config
+    engine = RolloutEngine(model, max_bytes=12 * 2**30)
+    small = RolloutEngine(model, max_bytes=12 * 2**30, weights="int8")
+    del model
+    given = [prompt(config, CONTEXT, 1, seed) for seed in range(prompts)]
+    call = {"group_size": GROUP, "sampling": TOP_P}
+    print(f"  {engine.memory(given, **call)}", file=sys.stderr)
+
+    def ours(of: RolloutEngine, schedule: Schedule) -> Callable[[], tuple[float, float]]:
+        def run() -> tuple[float, float]:
+            total, drawn = timed(lambda: of.rollout(given, **call, schedule=schedule, seed=0))
+            return drawn.timings["prefill"], total
+
+        return run
+
+    def theirs(python: str, script: str, *more: object) -> Callable[[], tuple[float, float]]:
+        def run() -> tuple[float, float]:
+            found = peer(python, script, checkpoint, "--prompts", prompts, *more)
+            first = found["prefill_seconds"]
+            if "--new-tokens" in more:
+                return first, first + found["step_ms"] * 335 / 1e3
+            return first, found["total_seconds"]
+
+        return run
+
+    candidates = {
+        "engine, sequential": ours(engine, sequential()),
+        "engine, diagonal(2)": ours(engine, diagonal(2)),
+    }
+    if prompts == 1:
+        candidates["engine, sequential, int8"] = ours(small, sequential())
+    preload = ("--preload", *options.preload) if options.preload else ()
+    if options.vllm:
+        candidates["vLLM"] = theirs(options.vllm, "generate_vllm.py", *preload)
+    if prompts == 1:
+        candidates["engine, sequential"]()  # the first touches of everything
+        medians = turns(candidates, options.rounds)
+        # Minutes, and far behind: once.
+        plain = theirs(sys.executable, "generate_transformers.py", "--new-tokens", 8)
+        medians |= turns({"transformers": plain}, 1)
+    else:
+        medians = turns(candidates, 1)
+    sizes = {"groups": prompts, "group_size": GROUP, "context": CONTEXT, "frames": 1}
+    ideal = {
+        name: least(config, diagonal(2) if "diagonal" in name else sequential(), rates, **sizes)
+        for name in medians
+    }
+    report(f"MineWorld-300M, {prompts} x {GROUP}", medians, ideal, prompts * GROUP)
+    print(f"product {rates[0] / 1e9:.0f} GFLOP/s, copy {rates[1] / 1e9:.1f} GB/s")
+    return {
+        "row": "mineworld" if prompts == 1 else "many",
+        "seconds": {k: [round(x, 2) for x in v] for k, v in medians.items()},
+        "percent_of_limit": {k: round(100 * ideal[k] / v[1], 1) for k, v in medians.items()},
+        "gflops": round(rates[0] / 1e9, 1),
+        "gbytes": round(rates[1] / 1e9, 1),
+    }
+
+
+def report(
+    title: str, medians: dict[str, tuple[float, float]], ideal: dict[str, float], frames: int
+) -> None:
+    first = medians["engine, sequential"][1]
+    rows = [
+        (
+            name,
+            f"{prefill:.2f}",
+            f"{total:.2f}",
+            f"{frames / total:.2f}",
+            f"{total / first:.2f}",
+            f"{100 * ideal[name] / total:.0f}",
+        )
+        for name, (prefill, total) in medians.items()
+    ]
+    print(table((title, "prefill s", "s", "frames/s", "x engine", "% of limit"), rows))
+
+
+def agreement(engine: RolloutEngine, given: list[Prompt]) -> dict[str, float]:
+    """Share of tokens that greedy diagonal decoding draws as raster order does."""
+    found = {}
+    plain = engine.rollout(given, sampling=greedy(), seed=0)
+    for row_end in ("prompt", "refresh"):
+        for window in (2, 4):
+            other = engine.rollout(
+                given, sampling=greedy(), schedule=diagonal(window, row_end), seed=0
+            )
+            same = (plain.codes == other.codes)[:, 1:][plain.drawn]
+            found[f"diagonal({window}, {row_end})"] = round(float(same.float().mean()), 3)
+    return found
+
+
+def doom(options: argparse.Namespace) -> dict[str, Any]:
+    """The embedded model: 4 prompts x 16, 4 frames."""
+    rates = limits()
+    model: WorldModel = load_world_model(EMBEDDED / "world-model")
+    config, prompts = model.config, 4
+    given = [prompt(config, 1, config.frames - 1, seed) for seed in range(prompts)]
+    first = torch.cat([x.codes for x in given])
+    blocks = model.action_ids(torch.stack([x.actions for x in given]))
+    policy, engine = inference_copy(model), RolloutEngine(model)
+    calls = {
+        "engine, sequential": lambda: engine.rollout(given, group_size=GROUP, seed=0),
+        "engine, diagonal(2)": lambda: engine.rollout(
+            given, group_size=GROUP, schedule=diagonal(2), seed=0
+        ),
+        "packing": lambda: RolloutEngine(model),
+        "plain loop": lambda: plain_rollout(policy, first, blocks, GROUP),
+    }
+    times = interleave(calls, max(5, options.rounds), seconds=0.1, warmup=1)
+    packing = times.pop("packing")
+    sizes = {"groups": prompts, "group_size": GROUP, "context": 1, "frames": config.frames - 1}
+    ideal = {
+        name: least(config, diagonal(2) if "diagonal" in name else sequential(), rates, **sizes)
+        for name in times
+    }
+    frames = prompts * GROUP * (config.frames - 1)
+    report("Doom, 4 x 16, 4 frames", {k: (0.0, v) for k, v in times.items()}, ideal, frames)
+    agrees = agreement(engine, given)
+    print(f"packing {1e3 * packing:.0f} ms; product {rates[0] / 1e9:.0f} GFLOP/s")
+    print(f"greedy tokens as in raster order: {agrees}")
+    return {
+        "row": "doom",
+        "seconds": {k: round(v, 4) for k, v in times.items()},
+        "times_plain_loop": round(times["plain loop"] / times["engine, sequential"], 2),
+        "percent_of_limit": {k: round(100 * ideal[k] / v, 1) for k, v in times.items()},
+        "agreement": agrees,
+        "gflops": round(rates[0] / 1e9, 1),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("rows", nargs="*", default=["doom", "mineworld", "many"])
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--cpu-time", action="store_true", help="one thread, on a busy machine")
+    parser.add_argument("--vllm", help="the Python of vLLM's environment")
+    parser.add_argument("--preload", nargs="*", default=[], help="libraries for vLLM")
+    parser.add_argument("--folder", type=Path, help="for the random checkpoint")
     options = parser.parse_args()
-    torch.set_num_threads(1 if options.cpu_time else options.threads)
-    clock = time.process_time if options.cpu_time else time.perf_counter
+    torch.set_num_threads(options.threads)
     where = machine()
     print("  ".join(f"{k} {v}" for k, v in where.items()))
-
-    model = load_world_model(EMBEDDED / "world-model")
-    config, generator = model.config, torch.Generator().manual_seed(0)
-    n = options.prompts
-    prompts = torch.randint(config.codes, (n, config.tokens), generator=generator)
-    sizes = action_space(config.space).factor_sizes
-    columns = [torch.randint(x, (n, config.frames - 1), generator=generator) for x in sizes]
-    actions = torch.stack(columns, -1)
-    policy, blocks = inference_copy(model), model.action_ids(actions)
-    engine = RolloutEngine(model)
-    square = torch.randn(SIDE, SIDE, generator=generator).bfloat16()
-    calls: dict[str, Callable[[], object]] = {
-        "engine": lambda: engine.rollout(prompts_of(prompts, actions), group_size=GROUP, seed=0),
-        "packing": lambda: RolloutEngine(model),
-        "plain loop": lambda: plain_rollout(policy, prompts, blocks, GROUP),
-        "product": lambda: square @ square,
-    }
-    times = interleave(calls, options.rounds, warmup=1, clock=clock)
-    rollouts, work = n * GROUP, flops(model, n, n * GROUP, config.frames)
-    rate = 2 * SIDE**3 / times["product"]
-    limit = work / rate
-    rows = [
-        (
-            name,
-            f"{times[name]:.3f}",
-            f"{rollouts * (config.frames - 1) / times[name]:.0f}",
-            f"{times['plain loop'] / times[name]:.1f}",
-            f"{100 * limit / times[name]:.0f}",
-        )
-        for name in ("engine", "plain loop")
-    ]
-    header = (
-        f"{n} prompts x {GROUP}, {config.frames - 1} frames",
-        *("s", "frames/s", "x plain loop", "% of limit"),
-    )
-    print(table(header, rows))
-    print(f"packing {1e3 * times['packing']:.0f} ms; product {rate / 1e9:.0f} GFLOP/s")
-    result = {
-        "cpu_time": options.cpu_time,
-        "prompts": n,
-        "group_size": GROUP,
-        "seconds": {k: round(s, 4) for k, s in times.items()},
-        "gflops": round(rate / 1e9, 1),
-        "times_plain_loop": round(times["plain loop"] / times["engine"], 2),
-        "percent_of_limit": round(100 * limit / times["engine"], 1),
-    }
-    emit("rollout", {"machine": where, "results": [result]})
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        results = []
+        for row in options.rows:
+            if row == "doom":
+                results.append(doom(options))
+            else:
+                results.append(mineworld(options, folder, 1 if row == "mineworld" else 16))
+    emit("rollout", {"machine": where, "results": results})
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import platform
 import sys
 from dataclasses import dataclass, replace
 from importlib import metadata
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -65,18 +66,23 @@ def run_parity(checkpoint: Path) -> int:
     """Print the mismatch between rollouts and training. Returns 0 if there is none, else 1."""
     from rlir.models.load import EMBEDDED, load_world_model
     from rlir.rollout.parity import measure
+    from rlir.rollout.schedule import diagonal, sequential
 
     folder = EMBEDDED if str(checkpoint) == "embedded" else checkpoint
     inner = folder / "world-model"
     model = load_world_model(inner if inner.is_dir() else folder).requires_grad_(True)
+    if torch.cuda.is_available():
+        model = model.cuda()
     exact = True
     console.out("log-probabilities of rollouts: the trainer's (teacher-forced) beside the engine's")
-    for dtype in (torch.bfloat16, torch.float32):
-        found = measure(model, dtype)
+    kinds = product((torch.bfloat16, torch.float32), (sequential(), diagonal(2)))
+    for dtype, schedule in kinds:
+        found = measure(model, dtype, schedule=schedule)
         exact = exact and found.exact
         name = str(dtype).removeprefix("torch.")
+        kind = "diagonal" if schedule.window else "raster"
         console.out(
-            f"  {name:<9} {found.differ} of {found.tokens} tokens differ, by at most "
+            f"  {name:<9} {kind:<9} {found.differ} of {found.tokens} tokens differ, by at most "
             f"{found.largest:.3g} nats; ratio {found.ratio:.9g}, KL {found.kl:.3g}"
         )
     console.out("no mismatch" if exact else "mismatch")

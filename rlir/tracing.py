@@ -7,8 +7,9 @@ process (``docs/profiling.md``).
 """
 
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import ParamSpec, TypeVar
 
@@ -84,3 +85,11 @@ class _Span:
         if _domain is not None:
             _domain.pop_range()
         self.range.__exit__(kind, error, trace)
+
+
+@contextmanager
+def clocked(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Adds the time of a block to ``seconds[name]``."""
+    begin = time.perf_counter()
+    yield
+    seconds[name] += time.perf_counter() - begin

@@ -105,7 +105,9 @@ def same(a: object, b: object) -> bool:
 
 
 def bytes_of(x: Tensor) -> bytes:
-    return x.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    # contiguous() leaves a tensor with one element the stride it has, which no view of bytes takes.
+    x = x.detach().clone(memory_format=torch.contiguous_format)
+    return x.flatten().view(torch.uint8).numpy().tobytes()
 
 
 MAIN = "from rlir.cli import main; main()"

@@ -33,7 +33,6 @@ constexpr int kValueVectors = 4;
 #endif
 constexpr int64_t kKeyGroup = 64;  // slots whose keys lie together: [words of d][64]
 constexpr int64_t kScoreRow = kKeyBlock;
-
 // A block's slots of one head of one sequence, `k` and `v` at its first one, and what is asked of
 // memory meanwhile: the same places of what is read next (of the block itself where nothing is).
 template <typename F>
@@ -208,10 +207,13 @@ inline void mask_row(const AttentionMask& mask, const Reach& r, int64_t start, i
                      float* scores) {
   int64_t i = 0;
   for (; i < at_most(r.low - start, count); ++i) scores[i] = minus_infinity();
-  if (mask.kind == MaskKind::kDiagonal && r.own < start + count) {
+  if (mask.kind >= MaskKind::kDiagonal) {
     for (i = r.own > start ? r.own - start : 0; i < count; ++i) {
-      if (tau_of(mask, start + i) > r.tau) scores[i] = minus_infinity();
+      if (!sees_slot(mask, r, start + i)) scores[i] = minus_infinity();
     }
+  }
+  for (int64_t k = next_stand_in(mask, start); k < start + count; k = next_stand_in(mask, k + 1)) {
+    if (!sees_slot(mask, r, k)) scores[k - start] = minus_infinity();
   }
   for (i = r.high > start ? r.high - start : 0; i < round_up(count, 16); ++i) {
     scores[i] = minus_infinity();
@@ -334,11 +336,7 @@ inline void attend_together(CacheQuery<F>* const* queries, int64_t count,
     return attend_tiles(queries, count, block, mask, dim, scale, scratch);
   }
 #endif
-  if (count > 1) {
-    attend_block<F, 2>(queries, block, mask, dim, scale, scratch);
-  } else {
-    attend_block<F, 1>(queries, block, mask, dim, scale, scratch);
-  }
+  (count > 1 ? attend_block<F, 2> : attend_block<F, 1>)(queries, block, mask, dim, scale, scratch);
 }
 
 // Blocks of one sequence and key head: tails [128 slots], and the ring of own slots.

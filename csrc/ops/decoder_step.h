@@ -215,6 +215,7 @@ inline void run_step(const Policy& p, const DecoderCaches& caches, const Attenti
                      const StepRows& step, const Workspace& w, const Team& team) {
   const cpu::Decoder& m = p.decoder;
   const int64_t count = step.count(), group = m.heads / m.kv_heads;
+  const int64_t members = static_cast<int64_t>(step.members.size());
   bool shares = false;
   for (const GroupRun& run : step.runs) shares = shares || run.blocks > 0;
   const int64_t panel = RLIR_CPU_KERNEL_AMX(attention_sizes)(m.bfloat16, m.head_dim).panel;
@@ -241,10 +242,12 @@ inline void run_step(const Policy& p, const DecoderCaches& caches, const Attenti
     return w.states() + (before + lane) * w.sizes.state;
   };
   run_layers(p, w, count, team, [&](int64_t layer) {
-    team.each(count, 2, [&](int64_t begin, int64_t end, char* scratch) {
+    // Whole rollouts: two slots share a word of values.
+    team.each(members, 2, [&](int64_t begin, int64_t end, char* scratch) {
+      const cpu::DecoderMember& last = step.members[end - 1];
       RLIR_CPU_KERNEL_AMX(decoder_append)
-      (m, layer, caches.own, step.rows.data(), w.qkv(), begin, end, w.q(),
-       shares ? w.raw() : nullptr, scratch);
+      (m, layer, caches.own, step.rows.data(), w.qkv(), step.members[begin].first,
+       last.first + last.count, w.q(), shares ? w.raw() : nullptr, scratch);
     });
     const int64_t tasks = static_cast<int64_t>(panels.size());
     team.each(tasks, tasks, [&](int64_t begin, int64_t end, char* scratch) {
@@ -259,7 +262,6 @@ inline void run_step(const Policy& p, const DecoderCaches& caches, const Attenti
         (call, panels[i].panel, run.blocks, state_of(run, head, 0), scratch);
       }
     });
-    const int64_t members = static_cast<int64_t>(step.members.size());
     team.each(members * m.kv_heads, 4, [&](int64_t begin, int64_t end, char* scratch) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t member = i / m.kv_heads, head = i % m.kv_heads;

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlir.errors import InputError
+from rlir.rollout.sampling import Sampling
+from rlir.rollout.schedule import Schedule, diagonal, sequential
 from rlir.training import check_seed
 
 
@@ -22,6 +24,14 @@ class GrpoConfig:
     """Frames of a clip: one prompt frame and the generated ones."""
     temperature: float = 1.0
     """Sampling temperature of the rollouts."""
+    top_p: float = 1.0
+    """Of the rollouts: only the most likely tokens that together have this probability. The update
+    scores them on the support they were drawn from."""
+    window: int = 0
+    """Diagonal rollouts: a row of tokens begins once the one above has so many. 0 is raster
+    order. The update scores tokens as they were drawn."""
+    row_end: Literal["prompt", "refresh"] = "prompt"
+    """Of diagonal rollouts: what stands for a row's last token (rlir.rollout.schedule)."""
     rollout_weights: Literal["dtype", "int8"] = "dtype"
     """Weights that roll out: the policy's, or int8 a channel, whose samples are corrected."""
     truncated_importance: float = 2.0
@@ -84,6 +94,10 @@ class GrpoConfig:
             raise InputError(
                 f"grpo: supervised_clips must be at least 1, got {self.supervised_clips}"
             )
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"grpo: top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.window < 0:
+            raise InputError(f"grpo: window must be at least 0, got {self.window}")
         check_seed(self.seed)
         rollouts = self.prompts * self.group_size
         if not 0 <= self.kept <= rollouts:
@@ -95,6 +109,14 @@ class GrpoConfig:
                 f"grpo: minibatches must be at most the {self.kept or rollouts} rollouts of an "
                 f"update, got {self.minibatches}"
             )
+
+    def rollout_schedule(self) -> Schedule:
+        """In what order rollouts draw."""
+        return diagonal(self.window, self.row_end) if self.window else sequential()
+
+    def sampling(self) -> Sampling:
+        """How rollouts draw."""
+        return Sampling(self.temperature, top_p=self.top_p if self.top_p < 1 else None)
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""

@@ -30,7 +30,6 @@ from rlir.models.world_model import WorldModel
 from rlir.ops import group_advantage
 from rlir.rollout.engine import RolloutEngine, rollout_seed
 from rlir.rollout.parity import Parity, compare, token_logprob
-from rlir.rollout.sampling import Sampling
 from rlir.rollout.stepwise import inference_copy
 from rlir.rollout.trajectories import Trajectories, prompts_of
 from rlir.tracing import span
@@ -124,7 +123,8 @@ class GrpoTrainer:
         rollouts = RolloutEngine(self.model, weights=config.rollout_weights).rollout(
             prompts_of(prompts, actions),
             group_size=config.group_size,
-            sampling=Sampling(config.temperature),
+            schedule=config.rollout_schedule(),
+            sampling=config.sampling(),
             seed=rollout_seed(config.seed, self.step),
             on_group=score,
         )
@@ -146,8 +146,16 @@ class GrpoTrainer:
                 f"{recording.video.name} from frame {first}; state saved"
             )
 
-    def _logprob(self, model: WorldModel, codes: Tensor, blocks: Tensor) -> Tensor:
-        return token_logprob(model, codes, blocks, self.config.temperature)
+    def _logprob(self, model: WorldModel, rollouts: Trajectories, rows: Tensor) -> Tensor:
+        """Of drawn tokens: under the schedule and on the support they were drawn from."""
+        return token_logprob(
+            model,
+            rollouts.codes[rows],
+            rollouts.actions[rows],
+            self.config.temperature,
+            schedule=rollouts.schedule,
+            support=None if rollouts.support is None else rollouts.support[rows],
+        )
 
     def _correction(self, rollouts: Trajectories, rows: Tensor) -> dict[str, Any]:
         """For tokens that another policy drew."""
@@ -163,7 +171,7 @@ class GrpoTrainer:
             return rollouts.logprob
         out = torch.zeros_like(rollouts.logprob)
         for part in rows.split(self.config.microbatch):
-            out[part] = self._logprob(self.model, rollouts.codes[part], rollouts.actions[part])
+            out[part] = self._logprob(self.model, rollouts, part)
         return out
 
     def _supervised(self, generator: torch.Generator) -> Tensor:
@@ -190,10 +198,10 @@ class GrpoTrainer:
         parts: list[tuple[float, LossStatistics]] = []
         scored: list[Tensor] = []
         for part in rows.split(config.microbatch):
-            codes, share = rollouts.codes[part], len(part) / total
+            share = len(part) / total
             with torch.no_grad():
-                ref = self._logprob(self.base, codes, rollouts.actions[part])
-            logprob = self._logprob(self.model, codes, rollouts.actions[part])
+                ref = self._logprob(self.base, rollouts, part)
+            logprob = self._logprob(self.model, rollouts, part)
             scored.append(logprob.detach())
             loss, statistics = policy_loss(
                 logprob,

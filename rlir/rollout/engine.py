@@ -10,7 +10,7 @@ action tokens, S' slots of an image, D hidden size.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -21,21 +21,18 @@ from rlir import _library
 from rlir.errors import InputError
 from rlir.models.stem import packed_stem
 from rlir.models.world_model import WorldModel, rotary_table
-from rlir.rollout.groups import Group, Pool, groups_of
-from rlir.rollout.memory import MemoryPlan, fit, limit_of
+from rlir.rollout.groups import KEYS, Group, OnGroup, Pool, Request, groups_of
+from rlir.rollout.memory import MemoryPlan, capacities, limit_of, plan_memory
 from rlir.rollout.packing import WeightFormat, pack_decoder
 from rlir.rollout.sampling import Sampling
-from rlir.rollout.schedule import Plan, Schedule, sequential
+from rlir.rollout.schedule import Schedule, sequential
 from rlir.rollout.stream import blank_trajectories, fed_tokens, given_tokens
 from rlir.rollout.trajectories import NOTHING, Prompt, Trajectories
-from rlir.tracing import span
+from rlir.tracing import clocked, span
 
-OnGroup = Callable[[int, Trajectories], object]
 _LARGE = 48 * 2**20
 """Bytes of weights beyond which all threads share every product: what the caches of a few cores
 hold is read once a thread, what they do not is read once."""
-_KEYS = 128
-"""Slots of a block of keys: csrc/cpu/video_attention.h."""
 
 
 def rollout_seed(seed: int, number: int) -> int:
@@ -53,25 +50,6 @@ class _Caches:
     tail_v: Tensor
     k: Tensor
     v: Tensor
-
-
-@dataclass(frozen=True)
-class _Request:
-    """A call of ``rollout``, checked."""
-
-    groups: list[Group]
-    group_size: int
-    plan: Plan
-    sampling: Sampling
-    seed: int
-    row_ids: Tensor
-    window: int | None
-    on_group: OnGroup | None
-
-    @property
-    def length(self) -> int:
-        """Frames of the longest rollout."""
-        return max((group.frames for group in self.groups), default=1)
 
 
 class RolloutEngine:
@@ -134,9 +112,9 @@ class RolloutEngine:
         request = self._request(
             prompts, group_size, frames, schedule or sequential(), sampling or Sampling(), 0, None
         )
-        return self._plan_memory(request, *self._given(request))
+        return self._plan(request, self._given(request))
 
-    def _given(self, request: _Request) -> tuple[list[Tensor], list[int], float]:
+    def _given(self, request: Request) -> tuple[list[Tensor], list[int], float]:
         """Weights, sizes and epsilon for the ops; the rotary table reaches the longest rollout."""
         c = self.config
         positions = c.tokens + (request.length - 1) * c.block
@@ -146,61 +124,18 @@ class RolloutEngine:
         sizes += [self._weights[0].shape[0], c.tokens, c.block, table.shape[1]]
         return weights, [*sizes, int(self.dtype == torch.bfloat16)], c.norm_eps
 
-    def _capacities(self, request: _Request) -> tuple[int, int]:
-        """Slots of the longest prompt and of the longest rollout's own cache."""
-        plan, block = request.plan, self.action_tokens + request.plan.slots
-        prompt = own = 1
-        for group in request.groups:
-            given = plan.slots + (group.context - 1) * block
-            end = plan.slots + (group.frames - 1) * block
-            prompt, own = max(prompt, given), max(own, end - given // _KEYS * _KEYS)
-        if request.window is not None:
-            own = min(own, (request.window + 1) * block)
-        return prompt, -(-own // _KEYS) * _KEYS
+    def _plan(self, request: Request, given: tuple[list[Tensor], list[int], float]) -> MemoryPlan:
+        held = sum(x.nbytes for x in (*given[0], *(self._stem[0] if self._stem else [])))
 
-    def _plan_memory(
-        self, request: _Request, weights: list[Tensor], sizes: list[int], eps: float
-    ) -> MemoryPlan:
-        c, g = self.config, request.group_size
-        dim, item = c.hidden // c.heads, 2 if self.dtype == torch.bfloat16 else 4
-        prompt, own = self._capacities(request)
-        of = torch.ops.rlir._decoder_sizes.default
-        heads = c.layers * c.kv_heads
-        _, _, keys, values, _, _ = of(weights, sizes, eps, 1, own)
-        _, _, tail_keys, tail_values, _, _ = of(weights, sizes, eps, 1, _KEYS)
-        most = self._rows_a_step(request.plan)
-        drawn = len(request.groups) * g * (request.length - 1) * c.tokens
-        held = [*weights, *(self._stem[0] if self._stem else [])]
-        one = MemoryPlan(
-            weights=sum(x.nbytes for x in held),
-            prompt=heads * (2 * prompt * dim * item + 4 * (tail_keys + tail_values)),
-            rollout=heads * 4 * (keys + values),
-            workspace=0,
-            results=drawn
-            * (8 + 8 + 4 + 4 + 4 + (-(-c.codes // 8) if request.sampling.truncates else 0)),
-            group_size=g,
-            groups=1,
-        )
+        def sizes_of(rows: int, slots: int) -> list[int]:
+            found: list[int] = torch.ops.rlir._decoder_sizes.default(*given, rows, slots)
+            return found
 
-        def workspace(groups: int) -> int:
-            rollouts = groups * g
-            threads = torch.get_num_threads()
-            if self._shares_products(rollouts):
-                rows, teams, drawers = rollouts * most, 1, rollouts
-            else:
-                rows, teams, drawers = min(16, rollouts) * most, threads, min(16, rollouts)
-            *_, space, task = of(weights, sizes, eps, rows, own)
-            logits = drawers * (most if not request.plan.raster else 1) * c.codes * 4
-            stem = rollouts * c.tokens * c.hidden * 4 if self._stem else 0
-            return teams * (space + logits) + threads * task + stem
-
-        return fit(one, workspace, len(request.groups), limit_of(self.max_bytes, one.weights))
-
-    def _rows_a_step(self, plan: Plan) -> int:
-        counts: dict[int, int] = {}
-        for feed in plan.feeds:
-            counts[feed.step] = counts.get(feed.step, 0) + 1
-        return max([self.action_tokens + 1, *counts.values()])
+        return plan_memory(
+            self.config, request, sizes_of, weights=held, item=self.dtype.itemsize,
+            has_stem=self._stem is not None, shares_products=self._shares_products,
+            limit=limit_of(self.max_bytes, held),
+        )  # fmt: skip
 
     def _shares_products(self, rollouts: int) -> bool:
         """Whether all threads share every product, or each takes rollouts of its own."""
@@ -276,7 +211,7 @@ class RolloutEngine:
         seed: int,
         row_ids: Tensor | None,
         on_group: OnGroup | None = None,
-    ) -> _Request:
+    ) -> Request:
         groups = groups_of(self.config, self._action_ids, prompts, group_size, frames)
         if not 0 <= seed < 2**63:
             raise InputError(f"rollout: seed must be from 0 and below 2^63, got {seed}")
@@ -290,12 +225,12 @@ class RolloutEngine:
         longest = max((group.frames for group in groups), default=1)
         window = self.config.frames if longest > self.config.frames else None
         ids = torch.arange(count) if row_ids is None else row_ids.contiguous()
-        return _Request(groups, group_size, plan, sampling, seed, ids, window, on_group)
+        return Request(groups, group_size, plan, sampling, seed, ids, window, on_group)
 
-    def _allocate(self, request: _Request, memory: MemoryPlan, words: tuple[int, int]) -> _Caches:
+    def _allocate(self, request: Request, memory: MemoryPlan, words: tuple[int, int]) -> _Caches:
         c, dim = self.config, self.config.hidden // self.config.heads
-        prompt, own = self._capacities(request)
-        blocks, groups = own // _KEYS, memory.groups
+        prompt, own = capacities(self.config, request)
+        blocks, groups = own // KEYS, memory.groups
         word = self._weights[8].dtype  # int32: two bfloat16
 
         def cache(sequences: int, count: int, words: int) -> Tensor:
@@ -313,11 +248,11 @@ class RolloutEngine:
             cache(groups * request.group_size, blocks, words[1]),
         )
 
-    def _roll(self, request: _Request, schedule: Schedule) -> Trajectories:
+    def _roll(self, request: Request, schedule: Schedule) -> Trajectories:
         begin = time.perf_counter()
         given = self._given(request)
-        memory = self._plan_memory(request, *given)
-        _, _, keys, values, _, _ = torch.ops.rlir._decoder_sizes.default(*given, 1, _KEYS)
+        memory = self._plan(request, given)
+        _, _, keys, values, _, _ = torch.ops.rlir._decoder_sizes.default(*given, 1, KEYS)
         caches = self._allocate(request, memory, (keys, values))
         out = blank_trajectories(
             self.config, request.groups, request.group_size, request.plan,
@@ -330,7 +265,7 @@ class RolloutEngine:
         with ThreadPoolExecutor(1) as later:
             while pool.busy:
                 for group in pool.admit():
-                    with _Clock(seconds, "prefill"), span("rollout.prefill", group.context):
+                    with clocked(seconds, "prefill"), span("rollout.prefill", group.context):
                         self._prefill(request, given, caches, group)
                 if pool.active:
                     self._frame(request, given, caches, pool.active, out, seconds)
@@ -353,7 +288,7 @@ class RolloutEngine:
         }
         return replace(out, timings={**seconds, **counts, "bytes": float(memory.total)})
 
-    def _rows(self, request: _Request, groups: Sequence[Group]) -> Tensor:
+    def _rows(self, request: Request, groups: Sequence[Group]) -> Tensor:
         """Rows of groups in the results."""
         g = request.group_size
         first = torch.tensor([x.index * g for x in groups])
@@ -361,7 +296,7 @@ class RolloutEngine:
 
     def _prefill(
         self,
-        request: _Request,
+        request: Request,
         given: tuple[list[Tensor], list[int], float],
         caches: _Caches,
         group: Group,
@@ -402,7 +337,7 @@ class RolloutEngine:
 
     def _frame(
         self,
-        request: _Request,
+        request: Request,
         given: tuple[list[Tensor], list[int], float],
         caches: _Caches,
         active: Sequence[Group],
@@ -427,7 +362,7 @@ class RolloutEngine:
         table[:, 5] = torch.where(frame > context, previous[:, -1], NOTHING)
         stem = None
         if self._stem is not None:
-            with _Clock(seconds, "stem"), span("rollout.stem", n):
+            with clocked(seconds, "stem"), span("rollout.stem", n):
                 stem = self._stem_of_groups(active, g, previous, blocks)
         ends = torch.arange(1, c.rows + 1) * c.columns - 1
         codes = torch.empty(n, c.tokens, dtype=torch.int64)
@@ -436,7 +371,7 @@ class RolloutEngine:
         if out.support is not None:
             support = torch.empty(n, c.tokens, out.support.shape[-1], dtype=torch.uint8)
         feeds = [(x.step, x.slot, x.place, int(x.stands_in), x.predicts) for x in plan.feeds]
-        with _Clock(seconds, "decode"), span("rollout.frame", n * c.tokens):
+        with clocked(seconds, "decode"), span("rollout.frame", n * c.tokens):
             torch.ops.rlir._decoder_frame.default(
                 *given, caches.prompt_k, caches.prompt_v, caches.tail_k, caches.tail_v,
                 caches.k, caches.v, table, torch.tensor(feeds, dtype=torch.int64), c.rows,
@@ -452,23 +387,12 @@ class RolloutEngine:
         if out.support is not None and support is not None:
             out.support[rows, frame - 1] = support
 
-    def _finish(self, request: _Request, group: Group, out: Trajectories) -> None:
+    def _finish(self, request: Request, group: Group, out: Trajectories) -> None:
+        if group.frames == group.context:
+            return
         rows = self._rows(request, [group])
         fed = fed_tokens(
             request.plan, self.config.codes, out.codes[rows, : group.frames],
             out.actions[rows, : group.frames - 1], group.context,
         )  # fmt: skip
         out.fed[rows, : fed.shape[1]] = fed
-
-
-class _Clock:
-    """Adds the time of a block to ``seconds[name]``."""
-
-    def __init__(self, seconds: dict[str, float], name: str):
-        self.seconds, self.name = seconds, name
-
-    def __enter__(self) -> None:
-        self.begin = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds[self.name] += time.perf_counter() - self.begin

@@ -8,7 +8,13 @@ from torch import Tensor
 
 from rlir.errors import InputError
 from rlir.models.world_model import WorldModelConfig
-from rlir.rollout.trajectories import Prompt
+from rlir.rollout.sampling import Sampling
+from rlir.rollout.schedule import Plan
+from rlir.rollout.trajectories import Prompt, Trajectories
+
+OnGroup = Callable[[int, Trajectories], object]
+KEYS = 128
+"""Slots of a block of keys: csrc/cpu/video_attention.h."""
 
 
 @dataclass
@@ -64,6 +70,25 @@ def groups_of(
         most = len(prompt.actions) if frames is None else min(len(prompt.actions), given + frames)
         out.append(Group(index, prompt.codes, action_ids(prompt.actions[:most])))
     return out
+
+
+@dataclass(frozen=True)
+class Request:
+    """A call of ``rollout``, checked."""
+
+    groups: list[Group]
+    group_size: int
+    plan: Plan
+    sampling: Sampling
+    seed: int
+    row_ids: Tensor
+    window: int | None
+    on_group: OnGroup | None
+
+    @property
+    def length(self) -> int:
+        """Frames of the longest rollout."""
+        return max((group.frames for group in self.groups), default=1)
 
 
 class Pool:

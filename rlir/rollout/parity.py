@@ -14,7 +14,8 @@ from rlir.models.world_model import WorldModel
 from rlir.ops import selected_logprob
 from rlir.rollout.engine import RolloutEngine
 from rlir.rollout.sampling import Sampling
-from rlir.rollout.schedule import Schedule
+from rlir.rollout.schedule import Schedule, sequential
+from rlir.rollout.stepwise import StepwiseEngine
 from rlir.rollout.trajectories import Trajectories, prompts_of
 
 
@@ -152,25 +153,34 @@ def measure(
     prompts: int = 2,
     group_size: int = 4,
     temperature: float = 1.0,
+    schedule: Schedule | None = None,
+    frames: int = 4,
     seed: int = 0,
 ) -> Parity:
-    """Roll out from random prompts under random actions, then score with gradients enabled."""
-    if prompts < 1 or group_size < 1 or temperature <= 0:
+    """Roll out from random prompts under random actions, then score with gradients enabled.
+
+    On the model's device: by ``RolloutEngine`` on the CPU, else by ``StepwiseEngine``. At most
+    ``frames`` frames a rollout.
+    """
+    if prompts < 1 or group_size < 1 or temperature <= 0 or frames < 1:
         raise InputError(
-            "parity: prompts and group_size must be >= 1 and temperature > 0, "
-            f"got {prompts}, {group_size}, {temperature}"
+            "parity: prompts, group_size and frames must be >= 1 and temperature > 0, "
+            f"got {prompts}, {group_size}, {frames}, {temperature}"
         )
     config, generator = model.config, torch.Generator().manual_seed(seed)
     first = torch.randint(config.codes, (prompts, config.tokens), generator=generator)
-    shape = (prompts, config.frames - 1)
+    shape = (prompts, min(config.frames - 1, frames))
     sizes = action_space(config.space).factor_sizes
     actions = torch.stack([torch.randint(n, shape, generator=generator) for n in sizes], -1)
-    drawn = RolloutEngine(model, dtype).rollout(
+    device = model.lm_head.weight.device
+    engine = RolloutEngine if device.type == "cpu" else StepwiseEngine
+    drawn = engine(model, dtype).rollout(
         prompts_of(first, actions),
         group_size=group_size,
+        schedule=schedule or sequential(),
         sampling=Sampling(temperature),
         seed=seed,
     )
     with torch.enable_grad():
-        scored = token_logprob(model, drawn.codes, drawn.actions, temperature, dtype)
-    return compare(drawn.logprob, scored)
+        scored = trajectory_logprob(model, drawn, dtype)
+    return compare(drawn.logprob, scored.cpu())

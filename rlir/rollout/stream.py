@@ -106,6 +106,5 @@ def fed_tokens(plan: Plan, codes: int, drawn: Tensor, actions: Tensor, context: 
     layout = layout_of(plan, actions.shape[2], drawn.shape[1], context)
     out = known_tokens(drawn, actions, codes)[:, torch.from_numpy(layout.token)]
     out[:, torch.from_numpy(~layout.fed)] = NOTHING
-    if drawn.shape[1] > context:
-        out[:, -1] = NOTHING  # the last token is fed to nothing
+    out[:, -1] = NOTHING  # the last token is fed to nothing
     return out

@@ -121,7 +121,8 @@ class Trajectories:
 
     def outside_inference_mode(self) -> "Trajectories":
         """Copies that autograd takes, as it takes no tensor that was made in inference mode."""
-        return self._with({name: x.clone() for name, x in self._tensors().items()})
+        with torch.inference_mode(False):
+            return self._with({name: x.clone() for name, x in self._tensors().items()})
 
     def _with(self, tensors: dict[str, Any]) -> "Trajectories":
         return dataclasses.replace(self, **tensors)

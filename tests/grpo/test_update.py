@@ -95,3 +95,37 @@ def test_rollouts_of_int8_weights_are_corrected(clips: Clips, tmp_path: Path) ->
     plain = toy(clips, steps=1, minibatches=1)
     plain.run(tmp_path / "plain")
     assert plain.curves[0]["logprob_mismatch"] == 0
+
+
+@pytest.mark.skipif(_library.PATH is None, reason="the bits are the native kernels'")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": 1},
+        {"window": 2, "row_end": "refresh"},
+        {"top_p": 0.7},
+        {"window": 1, "row_end": "refresh", "top_p": 0.9, "temperature": 1.3},
+    ],
+    ids=str,
+)
+def test_the_update_scores_the_policy_that_drew(
+    clips: Clips, tmp_path: Path, options: dict
+) -> None:
+    trainer = toy(clips, steps=3, minibatches=2, **options)
+    trainer.run(tmp_path)
+    for step in trainer.curves:
+        assert step["logprob_mismatch"] == 0
+        assert step["first_ratio"] == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"top_p": 0.0}, "grpo: top_p must be above 0 and at most 1, got 0.0"),
+        ({"window": -1}, "grpo: window must be at least 0, got -1"),
+        ({"truncated_importance": 0.0}, "grpo: truncated_importance must be above 0, got 0.0"),
+    ],
+)
+def test_rollouts_that_cannot_be(settings: dict, line: str) -> None:
+    with pytest.raises(InputError, match=re.escape(line)):
+        GrpoConfig(**{**SMALL, **settings})

@@ -171,7 +171,7 @@ def test_another_policy_is_seen() -> None:
 
 
 def test_refuses_what_cannot_be_measured() -> None:
-    with pytest.raises(InputError, match=r"^parity: prompts and group_size must be >= 1 "):
+    with pytest.raises(InputError, match=r"^parity: prompts, group_size and frames must be >= 1 "):
         measure(policy(), group_size=0)
 
 
@@ -183,7 +183,8 @@ def test_doctor_measures_a_checkpoint(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         lines = done.stdout.splitlines()
         assert lines[-1] == "no mismatch"
-        assert lines[1].startswith("  bfloat16  0 of ")
+        assert lines[1].startswith("  bfloat16  raster    0 of ")
+        assert lines[4].startswith("  float32   diagonal  0 of ")
     done = rlir("doctor", "--parity", tmp_path / "none")
     assert done.returncode == 2
     assert "must hold config.json, found none" in done.stderr

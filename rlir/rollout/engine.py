@@ -1,5 +1,4 @@
-"""Group rollouts out of one key-value cache: native calls that take all layers, tokens and the
-sampling of a frame.
+"""Group rollouts out of one key-value cache: a native call a frame, sampling included.
 
 What a rollout draws depends on its prompt, its actions, the seed and its row id alone: not on the
 batch, the order, the memory limit, the number of threads or the instruction set.
@@ -265,7 +264,10 @@ class RolloutEngine:
         with ThreadPoolExecutor(1) as later:
             while pool.busy:
                 for group in pool.admit():
-                    with clocked(seconds, "prefill"), span("rollout.prefill", group.context):
+                    with (
+                        clocked(seconds, "prefill"),
+                        span("rollout.prefill", group.context * self.config.tokens),
+                    ):
                         self._prefill(request, given, caches, group)
                 if pool.active:
                     self._frame(request, given, caches, pool.active, out, seconds)

@@ -1,0 +1,170 @@
+"""Where a rollout step's time goes, and how it grows: two pictures for docs/rollout.md.
+
+    python benchmarks/profile_rollout.py [--out docs/images]
+
+Needs Linux's perf. Runs itself under it with one thread: MineWorld-300M's shape with 4 of its 20
+layers, and the embedded Doom model. Growth: the same shape by group size, context and width, beside
+what rlir.rollout.cost says at the rates measured in the same run.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from bench_rollout import least, limits, prompt
+from harness import machine
+
+from rlir.models.load import EMBEDDED, load_world_model
+from rlir.models.world_model import WorldModel, WorldModelConfig
+from rlir.rollout.engine import RolloutEngine
+from rlir.rollout.sampling import Sampling
+from rlir.rollout.schedule import Schedule, diagonal, sequential
+
+SHAPE = WorldModelConfig(
+    space="mineworld", codes=8192, rows=14, columns=24, frames=16, hidden=1024, layers=4,
+    heads=16, kv_heads=4, mlp=4096, stem_channels=0, slot_embeddings=False, action_vocabulary=70,
+)  # fmt: skip
+PHASES = {
+    "products": "decoder_multiply",
+    "prompt's keys and values": "decode_prefix",
+    "own keys and values": "decoder_attend",
+    "rotation, writing": "decoder_append",
+    "stem": "stem_rollout",
+    "sampling": "sample_tokens",
+    "norms": "decoder_norm",
+}
+RUNS = {
+    "MineWorld-300M, raster": ("mineworld", sequential()),
+    "MineWorld-300M, diagonal(2)": ("mineworld", diagonal(2)),
+    "Doom, raster": ("doom", sequential()),
+}
+
+
+def roll(model: str, schedule: Schedule) -> None:
+    """What is profiled."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    if model == "doom":
+        world = load_world_model(EMBEDDED / "world-model")
+        given = [prompt(world.config, 1, 4, seed) for seed in range(4)]
+        engine = RolloutEngine(world)
+        for seed in range(12):
+            engine.rollout(given, group_size=16, schedule=schedule, seed=seed)
+        return
+    engine = RolloutEngine(WorldModel(SHAPE).requires_grad_(False))
+    given = [prompt(SHAPE, 8, 1, 0)]
+    for seed in range(2):
+        engine.rollout(
+            given, group_size=16, schedule=schedule, sampling=Sampling(top_p=0.8), seed=seed
+        )
+
+
+def shares(name: str) -> dict[str, float]:
+    """Percent of the frames' time by phase, callees included."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "perf.data"
+        command = ["perf", "record", "-q", "-F", "199", "--call-graph", "dwarf,4096", "-o", data]
+        command += [sys.executable, __file__, "--roll", name]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        listing = subprocess.run(
+            ["perf", "report", "-i", data, "--children", "--sort", "symbol", "-g", "none"],
+            check=True, capture_output=True, text=True,
+        ).stdout  # fmt: skip
+    found: dict[str, float] = {}
+    for line in listing.splitlines():
+        match = re.match(r"\s*([\d.]+)%\s+[\d.]+%\s+\[\.\]\s+(.*)", line)
+        if not match:
+            continue
+        for symbol in ("FrameChunk::run", *PHASES.values()):
+            if symbol in match[2] and symbol not in found:
+                found[symbol] = float(match[1])
+    stem = found.get(PHASES["stem"], 0.0)
+    whole = found["FrameChunk::run"] + stem
+    out = {phase: 100 * found.get(symbol, 0.0) / whole for phase, symbol in PHASES.items()}
+    out["rest"] = max(0.0, 100 - sum(out.values()))
+    return {phase: round(x, 1) for phase, x in out.items()}
+
+
+def draw_shares(found: dict[str, dict[str, float]], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(9, 2.6), layout="constrained")
+    left = [0.0] * len(found)
+    for phase in [*PHASES, "rest"]:
+        width = [of[phase] for of in found.values()]
+        bars = axes.barh(list(found), width, left=left, label=phase)
+        axes.bar_label(bars, [f"{x:.0f}" if x >= 4 else "" for x in width], label_type="center")
+        left = [x + y for x, y in zip(left, width, strict=True)]
+    axes.invert_yaxis()
+    axes.set_xlabel("% of a frame's time")
+    axes.set_xlim(0, 100)
+    axes.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.45, -0.25), frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def growth(rates: tuple[float, float]) -> dict[str, list[tuple[float, float, float]]]:
+    """(what changes, seconds measured, seconds of the cost model) of prefill and a frame."""
+
+    def measure(config: WorldModelConfig, context: int, group: int) -> tuple[float, float]:
+        torch.manual_seed(0)
+        engine = RolloutEngine(WorldModel(config).requires_grad_(False))
+        given, took = [prompt(config, context, 1, 0)], []
+        for seed in range(3):
+            out = engine.rollout(given, group_size=group, seed=seed)
+            took.append(out.timings["prefill"] + out.timings["decode"])
+        sizes = {"groups": 1, "group_size": group, "context": context, "frames": 1}
+        return sorted(took)[1], least(config, sequential(), rates, **sizes)
+
+    points: dict[str, list[tuple[float, float, float]]] = {}
+    sweep: dict[str, tuple[list[int], Callable[[int], tuple[float, float]]]] = {
+        "rollouts a group": ([1, 4, 16, 64], lambda n: measure(SHAPE, 8, n)),
+        "frames of context": ([1, 4, 8, 15], lambda n: measure(SHAPE, n, 16)),
+        "hidden size": (
+            [512, 1024, 2048],
+            lambda n: measure(replace(SHAPE, hidden=n, heads=n // 64, mlp=4 * n), 8, 16),
+        ),
+    }
+    for what, (values, call) in sweep.items():
+        points[what] = [(n, *call(n)) for n in values]
+        print(what, [(n, round(x, 3), round(y, 3)) for n, x, y in points[what]])
+    return points
+
+
+def draw_growth(points: dict[str, list[tuple[float, float, float]]], path: Path) -> None:
+    figure, row = plt.subplots(1, 3, figsize=(9, 2.8), layout="constrained")
+    for axes, (what, found) in zip(row, points.items(), strict=True):
+        n, measured, model = zip(*found, strict=True)
+        axes.plot(n, measured, "o-", label="measured")
+        axes.plot(n, model, "--", color="grey", label="cost model, at the machine's limit")
+        axes.set_xlabel(what)
+        axes.set_ylim(0, None)
+    row[0].set_ylabel("s, prefill and a frame")
+    row[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("docs/images"))
+    parser.add_argument("--roll", choices=list(RUNS))
+    options = parser.parse_args()
+    if options.roll:
+        roll(*RUNS[options.roll])
+        return
+    print("  ".join(f"{k} {v}" for k, v in machine().items()))
+    found = {name: shares(name) for name in RUNS}
+    for name, of in found.items():
+        print(name, of)
+    draw_shares(found, options.out / "rollout-step.png")
+    rates = limits()
+    print(f"product {rates[0] / 1e9:.0f} GFLOP/s, copy {rates[1] / 1e9:.1f} GB/s")
+    draw_growth(growth(rates), options.out / "rollout-growth.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -333,7 +333,12 @@ def test_any_layout(
     v, x = v.to(pair[0]), x.to(pair[1])
     options = {"noise_level": 0.7, "seed": 4, "previous": later if scored else None}
     got = flow_sde_step(v, x, 0.7, 0.6, **options)
-    peer = flow_sde_step_reference(v, x, 0.7, 0.6, **options)
+    peer = list(flow_sde_step_reference(v, x, 0.7, 0.6, **options))
+    if not scored:
+        # Of the sample that was drawn: at the border between two bfloat16 the peer's may be the
+        # other one, whose log-probability is another.
+        given = {**options, "previous": got[0]}
+        peer[1] = flow_sde_step_reference(v, x, 0.7, 0.6, **given)[1]
     for a, b in zip(got, peer, strict=True):
         eps = max(torch.finfo(a.dtype).eps, torch.finfo(torch.float32).eps)
         torch.testing.assert_close(a, b, rtol=8 * eps, atol=16 * eps)

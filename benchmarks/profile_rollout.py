@@ -1,17 +1,21 @@
 """Where a rollout step's time goes, and how it grows: two pictures for docs/rollout.md.
 
-    python benchmarks/profile_rollout.py [--out docs/images]
+    RLIR_OPS_LIBRARY=.../librlir_ops.so python benchmarks/profile_rollout.py [--out docs/images]
 
-Needs Linux's perf. Runs itself under it with one thread: MineWorld-300M's shape with 4 of its 20
-layers, and the embedded Doom model. Growth: the same shape by group size, context and width, beside
-what rlir.rollout.cost says at the rates measured in the same run.
+Needs Linux's perf, and the library with its symbols, as the build folder has it. Runs itself under
+perf with one thread: MineWorld-300M's shape with 4 of its 20 layers, and the embedded Doom model.
+Growth: the same shape by group size, context and width, beside what rlir.rollout.cost says at the
+rates measured in the same run.
 """
 
 import argparse
+import os
 import re
 import subprocess
 import sys
 import tempfile
+from bisect import bisect
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,14 +36,17 @@ SHAPE = WorldModelConfig(
     heads=16, kv_heads=4, mlp=4096, stem_channels=0, slot_embeddings=False, action_vocabulary=70,
 )  # fmt: skip
 PHASES = {
-    "products": "decoder_multiply",
-    "prompt's keys and values": "decode_prefix",
-    "own keys and values": "decoder_attend",
-    "rotation, writing": "decoder_append",
-    "stem": "stem_rollout",
-    "sampling": "sample_tokens",
-    "norms": "decoder_norm",
+    "products": ("decoder_multiply.cpp", ""),
+    "prompt's keys and values": ("group_decode_attention.cpp", ""),
+    "prefill's attention": ("video_attention.cpp", ""),
+    "rotation, writing": ("decoder.cpp", "append|rotate|clear|place"),
+    "norms": ("decoder.cpp", "norm"),
+    "own keys and values": ("decoder.cpp", ""),
+    "stem": ("stem.cpp", ""),
+    "sampling": ("sample_tokens.cpp", ""),
+    "steps": ("decoder_frame.cpp", ""),
 }
+"""Of a sample in a source file of the library and a function that matches, the first that fits."""
 RUNS = {
     "MineWorld-300M, raster": ("mineworld", sequential()),
     "MineWorld-300M, diagonal(2)": ("mineworld", diagonal(2)),
@@ -66,42 +73,106 @@ def roll(model: str, schedule: Schedule) -> None:
         )
 
 
+class Symbols:
+    """Which source file and function an address of the library is in."""
+
+    def __init__(self, library: Path):
+        listing = run("readelf", "-sW", library)
+        table = listing[listing.index("'.symtab'") :]
+        self.starts: list[tuple[int, str, str]] = []
+        file = ""
+        for line in table.splitlines():
+            parts = line.split(maxsplit=7)
+            if len(parts) < 8:
+                continue
+            if parts[3] == "FILE":
+                file = parts[7]
+            elif parts[3] == "FUNC" and parts[6] != "UND":
+                # Functions that other files call stand apart from theirs: by their name.
+                where = file_of(parts[7]) or file
+                self.starts.append((int(parts[1], 16), where, parts[7]))
+        self.starts.sort()
+        self.keys = [start for start, _, _ in self.starts]
+        self.segments = [
+            (int(x[1], 16), int(x[2], 16), int(x[4], 16))
+            for x in (line.split() for line in run("readelf", "-lW", library).splitlines())
+            if x[:1] == ["LOAD"]
+        ]
+
+    def at(self, offset: int) -> tuple[str, str]:
+        """Of an offset in the library's file."""
+        for start, address, size in self.segments:
+            if start <= offset < start + size:
+                _, file, name = self.starts[bisect(self.keys, offset - start + address) - 1]
+                return file, name
+        return "", ""
+
+
+def file_of(symbol: str) -> str:
+    """The source file of a kernel that other files call."""
+    for name, file in (
+        ("decoder_multiply", "decoder_multiply.cpp"),
+        ("decode_prefix", "group_decode_attention.cpp"),
+        ("sample_tokens", "sample_tokens.cpp"),
+        ("stem_rollout", "stem.cpp"),
+        ("decoder_frame", "decoder_frame.cpp"),
+        ("decoder_", "decoder.cpp"),
+    ):
+        if name in symbol:
+            return file
+    return ""
+
+
+def run(*command: object) -> str:
+    return subprocess.run(
+        [str(x) for x in command], check=True, capture_output=True, text=True
+    ).stdout
+
+
 def shares(name: str) -> dict[str, float]:
-    """Percent of the frames' time by phase, callees included."""
+    """Percent of the native time by phase, prefill included."""
+    library = Path(os.environ["RLIR_OPS_LIBRARY"])
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "perf.data"
-        command = ["perf", "record", "-q", "-F", "199", "--call-graph", "dwarf,4096", "-o", data]
-        command += [sys.executable, __file__, "--roll", name]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        listing = subprocess.run(
-            ["perf", "report", "-i", data, "--children", "--sort", "symbol", "-g", "none"],
-            check=True, capture_output=True, text=True,
-        ).stdout  # fmt: skip
-    found: dict[str, float] = {}
-    for line in listing.splitlines():
-        match = re.match(r"\s*([\d.]+)%\s+[\d.]+%\s+\[\.\]\s+(.*)", line)
-        if not match:
+        run(
+            *("perf", "record", "-q", "-F", 999, "-o", data),
+            sys.executable,
+            __file__,
+            "--roll",
+            name,
+        )
+        script = run("perf", "script", "-i", data, "--show-mmap-events", "-F", "comm,event,ip,dso")
+    mapped = re.compile(rf"\[0x(\w+)\(0x(\w+)\) @ (?:0x)?(\w+) .* \S*x\S* .*{library.name}")
+    places, symbols = [], Symbols(library)
+    counts: Counter[str] = Counter()
+    for line in script.splitlines():
+        if found := mapped.search(line):
+            places.append(tuple(int(x, 16) for x in found.groups()))
             continue
-        for symbol in ("FrameChunk::run", *PHASES.values()):
-            if symbol in match[2] and symbol not in found:
-                found[symbol] = float(match[1])
-    stem = found.get(PHASES["stem"], 0.0)
-    whole = found["FrameChunk::run"] + stem
-    out = {phase: 100 * found.get(symbol, 0.0) / whole for phase, symbol in PHASES.items()}
-    out["rest"] = max(0.0, 100 - sum(out.values()))
-    return {phase: round(x, 1) for phase, x in out.items()}
+        sample = re.search(rf"(\w+) \(\S*{library.name}", line)
+        if not sample:
+            continue
+        ip = int(sample[1], 16)
+        offset = next((ip - at + first for at, size, first in places if at <= ip < at + size), -1)
+        file, symbol = symbols.at(offset)
+        for phase, (of, pattern) in PHASES.items():
+            if of == file and re.search(pattern, symbol):
+                counts[phase] += 1
+                break
+    whole = sum(counts.values())
+    return {phase: round(100 * counts[phase] / whole, 1) for phase in PHASES}
 
 
 def draw_shares(found: dict[str, dict[str, float]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(9, 2.6), layout="constrained")
     left = [0.0] * len(found)
-    for phase in [*PHASES, "rest"]:
+    for phase in PHASES:
         width = [of[phase] for of in found.values()]
         bars = axes.barh(list(found), width, left=left, label=phase)
         axes.bar_label(bars, [f"{x:.0f}" if x >= 4 else "" for x in width], label_type="center")
         left = [x + y for x, y in zip(left, width, strict=True)]
     axes.invert_yaxis()
-    axes.set_xlabel("% of a frame's time")
+    axes.set_xlabel("% of a rollout's time, prefill included")
     axes.set_xlim(0, 100)
     axes.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.45, -0.25), frameon=False)
     figure.savefig(path, dpi=120)

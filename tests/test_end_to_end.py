@@ -5,12 +5,14 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from testkit import command, environment, one_line, rlir
 
+from rlir import _library
 from rlir.checkpoints import CONFIG, WEIGHTS, load_state
 from rlir.cli import AGAIN
 from rlir.report.document import MODELS
@@ -203,3 +205,41 @@ def test_a_broken_recording_is_named_and_the_others_are_kept(
     assert last.startswith("rlir post-train: data: ")
     assert video.name in last
     assert "Traceback" not in done.stderr
+
+
+KILLED = """
+import os, signal, sys
+from rlir.cli import main
+from rlir.rollout.engine import RolloutEngine
+
+state, real, frames = sys.argv.pop(1), RolloutEngine._frame, [0]
+
+def frame(self, *arguments):
+    real(self, *arguments)
+    frames[0] += os.path.exists(state)
+    if frames[0] == 2:  # of the first rollout after a state was saved; more are to come
+        os.kill(os.getpid(), signal.SIGKILL)
+
+RolloutEngine._frame = frame
+main()
+"""
+
+
+@pytest.mark.skipif(_library.PATH is None, reason="of the native engine")
+def test_a_run_that_is_killed_in_a_rollout_ends_in_the_same_bits(
+    finished: Path, smoke_base: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    words = [str(x) for x in post_train(smoke_base, out)]
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(out / STATE), *words],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert 1 <= load_state(out / STATE)["step"] < STEPS
+    done = rlir(*words, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert contents(out / "checkpoint") == contents(finished / "checkpoint")

@@ -4,8 +4,8 @@
 
 Needs Linux's perf, and the library with its symbols, as the build folder has it. Runs itself under
 perf with one thread: MineWorld-300M's shape with 4 of its 20 layers, and the embedded Doom model.
-Growth: the same shape by group size, context and width, beside what rlir.rollout.cost says at the
-rates measured in the same run.
+Growth, one thread too: the same shape by group size, context and width, beside what
+rlir.rollout.cost says at the rates measured in the same run.
 """
 
 import argparse
@@ -215,7 +215,7 @@ def draw_growth(points: dict[str, list[tuple[float, float, float]]], path: Path)
         axes.set_xlabel(what)
         axes.set_ylim(0, None)
     row[0].set_ylabel("s, prefill and a frame")
-    row[0].legend(frameon=False, fontsize=8)
+    row[0].legend(frameon=False, fontsize=7, loc="lower right")
     figure.savefig(path, dpi=120)
 
 
@@ -227,6 +227,7 @@ def main() -> None:
     if options.roll:
         roll(*RUNS[options.roll])
         return
+    torch.set_num_threads(1)
     print("  ".join(f"{k} {v}" for k, v in machine().items()))
     found = {name: shares(name) for name in RUNS}
     for name, of in found.items():

@@ -29,7 +29,7 @@ from rlir.models.tokenizer import Tokenizer
 from rlir.models.world_model import WorldModel
 from rlir.ops import group_advantage
 from rlir.rollout.engine import RolloutEngine, rollout_seed
-from rlir.rollout.parity import Parity, compare, token_logprob
+from rlir.rollout.parity import Parity, compare, group_logprob
 from rlir.rollout.stepwise import inference_copy
 from rlir.rollout.trajectories import Trajectories, prompts_of
 from rlir.tracing import span
@@ -105,6 +105,13 @@ class GrpoTrainer:
         count = self.config.kept or len(weight)
         return weight.argsort(descending=True, stable=True)[:count].sort().values
 
+    def order(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """Rows as the update takes them: groups in random order, so that minibatches are of other
+        prompts at every step, and the members of a group together, so that they share its prompt.
+        """
+        turn = torch.randperm(self.config.prompts, generator=generator)
+        return rows[turn[rows // self.config.group_size].argsort(stable=True)]
+
     def roll_out(self, generator: torch.Generator) -> tuple[Trajectories, Reward, Tensor]:
         """Rollouts, their reward and the prompts' starts."""
         config = self.config
@@ -147,11 +154,14 @@ class GrpoTrainer:
             )
 
     def _logprob(self, model: WorldModel, rollouts: Trajectories, rows: Tensor) -> Tensor:
-        """Of drawn tokens: under the schedule and on the support they were drawn from."""
-        return token_logprob(
+        """Of drawn tokens: under the schedule and on the support they were drawn from. Rows of a
+        group are neighbours, and their prompt is computed once.
+        """
+        return group_logprob(
             model,
             rollouts.codes[rows],
             rollouts.actions[rows],
+            rollouts.group[rows].unique_consecutive(return_counts=True)[1].tolist(),
             self.config.temperature,
             schedule=rollouts.schedule,
             support=None if rollouts.support is None else rollouts.support[rows],
@@ -233,8 +243,7 @@ class GrpoTrainer:
         advantages = self.advantages(reward)
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(self.step)
-        kept = self.kept(advantages)
-        order = kept[torch.randperm(len(kept), generator=generator)]
+        order = self.order(self.kept(advantages), generator)
         old_logprob = self._old_logprob(rollouts, order)
         statistics: list[LossStatistics] = []
         parities: list[Parity] = []

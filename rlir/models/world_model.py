@@ -14,7 +14,9 @@ Without the stem and without the embeddings of slots it is a plain Llama (``rlir
 Legend: B clips, L frames, S visual tokens a frame, A action tokens, V codes, D hidden size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +29,9 @@ from rlir.models.stem import Stem, engine_stem
 from rlir.ops import Mask, causal, embedding, linear, rms_norm, rotary, swiglu, video_attention
 from rlir.rollout.layout import known_tokens, layout_of
 from rlir.rollout.schedule import Plan, Schedule, sequential
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Attention of q [B, T, H, d], k and v [B, T, Hkv, d]: which token sees which is its own."""
 
 
 @dataclass(frozen=True)
@@ -188,8 +193,8 @@ class Attention(nn.Module):
         q, k = rotary(qk, *table).to(dtype).split([self.heads, self.kv_heads], 2)
         return q, k, v.to(dtype)
 
-    def forward(self, x: Tensor, table: Tensor, mask: Mask) -> Tensor:
-        out = video_attention(*self.project(x, table), mask=mask)
+    def forward(self, x: Tensor, table: Tensor, attend: Attend) -> Tensor:
+        out = attend(*self.project(x, table))
         merged: Tensor = self.o_proj(out.flatten(2))
         return merged
 
@@ -210,8 +215,8 @@ class Layer(nn.Module):
         out: Tensor = self.down_proj(swiglu(gate_up, dtype=operand_dtype(self.down_proj.weight)))
         return out
 
-    def forward(self, x: Tensor, table: Tensor, mask: Mask) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), table, mask)
+    def forward(self, x: Tensor, table: Tensor, attend: Attend) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), table, attend)
         return x + self.mlp(x)
 
 
@@ -350,7 +355,8 @@ class WorldModel(nn.Module):
             # The hidden state at the last action token predicts slot 0, that at slot i slot i + 1.
             padded = F.pad(self.stem_output(self.stem, codes, actions), (0, 0, a - 1, 1))
             x = x + F.pad(padded.flatten(1, 2), (0, 0, s, 0))[:, : ids.shape[1]]
-        x = self._decode(x, self.rotary_until(ids.shape[1]), mask)
+        attend = partial(video_attention, mask=mask)
+        x = self.decode(x, self.rotary_until(ids.shape[1]), attend)
         x = F.pad(x[:, s:], (0, 0, 0, 1)).view(len(codes), length - 1, config.block, -1)
         out: Tensor = self.norm(x[:, :, a - 1 : a - 1 + s])
         return out
@@ -370,7 +376,8 @@ class WorldModel(nn.Module):
         if self.stem is not None:
             x = x.index_add(1, predicts, self.stem_output(self.stem, codes, actions).flatten(1, 2))
         table = self.rotary_until(int(layout.position.max()) + 1)
-        x = self._decode(x, table.index_select(1, position), mask)
+        attend = partial(video_attention, mask=mask)
+        x = self.decode(x, table.index_select(1, position), attend)
         out: Tensor = self.norm(x.index_select(1, predicts))
         return out.unflatten(1, layout.predicts.shape)
 
@@ -380,9 +387,10 @@ class WorldModel(nn.Module):
         out = engine_stem(stem, codes[:, :-1].flatten(0, 1), actions.flatten(0, 1), dtype)
         return out.unflatten(0, actions.shape[:2])
 
-    def _decode(self, x: Tensor, table: Tensor, mask: Mask) -> Tensor:
+    def decode(self, x: Tensor, table: Tensor, attend: Attend) -> Tensor:
+        """Embeddings [B, T, D] through all layers; table: cos and sin of the T positions."""
         for layer in self.layers:
-            x = layer(x, table, mask)
+            x = layer(x, table, attend)
         return x
 
     def forward(self, codes: Tensor, actions: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 Legend: B rollouts, L frames with the prompt, S visual tokens a frame, A action tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from rlir.actions.space import action_space
 from rlir.errors import InputError
+from rlir.models.shared_prompt import group_hidden
 from rlir.models.world_model import WorldModel
 from rlir.ops import selected_logprob
 from rlir.rollout.engine import RolloutEngine
@@ -46,8 +48,36 @@ def token_logprob(
     if support is not None and context > 1:
         everything = torch.full_like(support[:, : context - 1], 255)
         support = torch.cat([everything, support[:, context - 1 :]], 1)
-    hidden = _hidden(model, codes, blocks, dtype, schedule, context)
+    with _precision(codes, dtype):
+        hidden = model.hidden(codes, blocks, schedule=schedule, context=context)
     return _selected(model, hidden, codes[:, 1:], temperature, dtype, support)
+
+
+def group_logprob(
+    model: WorldModel,
+    codes: Tensor,
+    blocks: Tensor,
+    sizes: Sequence[int],
+    temperature: float,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    schedule: Schedule | None = None,
+    context: int = 1,
+    support: Tensor | None = None,
+) -> Tensor:
+    """log p of the visual tokens of frames C.. of groups of clips: float32 [B, L - C, S].
+
+    Has the bits of ``token_logprob`` on the CPU, but what a group was given goes through the model
+    once, and so does its gradient.
+
+    Args:
+        sizes: how many consecutive clips a group has; they share ``context`` frames (C) and action
+            blocks (``rlir.models.shared_prompt.group_hidden``).
+        support: uint8 [B, L - C, S, ceil(V / 8)].
+    """
+    with _precision(codes, dtype):
+        hidden = group_hidden(model, codes, blocks, sizes, schedule=schedule, context=context)
+    return _selected(model, hidden, codes[:, context:], temperature, dtype, support)
 
 
 def trajectory_logprob(
@@ -57,7 +87,7 @@ def trajectory_logprob(
 
     float32 [B, L - 1, S] on the model's device, 0 where nothing was drawn (``Trajectories.drawn``).
     Gradients flow to the model. Of the policy that rolled out it has the bits of
-    ``Trajectories.logprob`` on the CPU.
+    ``Trajectories.logprob`` on the CPU. Consecutive rows of a group share the work on their prompt.
     """
     device = model.lm_head.weight.device
     out = torch.zeros(trajectories.logprob.shape, device=device)
@@ -66,33 +96,25 @@ def trajectory_logprob(
         if context == frames:
             continue
         rows = (kinds == torch.tensor([context, frames])).all(1).nonzero()[:, 0]
-        codes = trajectories.codes[rows, :frames].to(device)
-        blocks = trajectories.actions[rows, : frames - 1].to(device)
         support = trajectories.support
         if support is not None:
             support = support[rows, context - 1 : frames - 1].to(device)
-        hidden = _hidden(model, codes, blocks, dtype, trajectories.schedule, context)
-        out[rows.to(device), context - 1 : frames - 1] = _selected(
+        out[rows.to(device), context - 1 : frames - 1] = group_logprob(
             model,
-            hidden[:, context - 1 :],
-            codes[:, context:],
+            trajectories.codes[rows, :frames].to(device),
+            trajectories.actions[rows, : frames - 1].to(device),
+            trajectories.group[rows].unique_consecutive(return_counts=True)[1].tolist(),
             trajectories.sampling.temperature,
             dtype,
-            support,
+            schedule=trajectories.schedule,
+            context=context,
+            support=support,
         )
     return out
 
 
-def _hidden(
-    model: WorldModel,
-    codes: Tensor,
-    blocks: Tensor,
-    dtype: torch.dtype,
-    schedule: Schedule | None,
-    context: int,
-) -> Tensor:
-    with torch.autocast(codes.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        return model.hidden(codes, blocks, schedule=schedule, context=context)
+def _precision(codes: Tensor, dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(codes.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def _selected(

@@ -129,3 +129,16 @@ def test_the_update_scores_the_policy_that_drew(
 def test_rollouts_that_cannot_be(settings: dict, line: str) -> None:
     with pytest.raises(InputError, match=re.escape(line)):
         GrpoConfig(**{**SMALL, **settings})
+
+
+def test_members_of_a_group_are_updated_on_together(clips: Clips) -> None:
+    trainer = toy(clips, prompts=4, group_size=3, kept=9)
+    rows = torch.tensor([0, 1, 2, 3, 5, 7, 9, 10, 11])
+    seen = set()
+    for seed in range(20):
+        order = trainer.order(rows, torch.Generator().manual_seed(seed))
+        assert order.sort().values.equal(rows)
+        groups, sizes = (order // 3).unique_consecutive(return_counts=True)
+        assert sizes.tolist() == [{0: 3, 1: 2, 2: 1, 3: 3}[int(g)] for g in groups]
+        seen.add(tuple(groups.tolist()))
+    assert len(seen) > 8, "groups take turns"

@@ -16,10 +16,12 @@ from rlir.ops import embedding, linear
 SIZES = ((70, 256, 96), (33, 301, 50), (1, 7, 3), (300, 64, 129), (16, 1100, 17))
 
 
-def operands(n: int, k: int, o: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+def operands(
+    n: int, k: int, o: int, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[Tensor, ...]:
     """x [n, k], weight [o, k], bias [o] and the gradient [n, o]."""
-    x, weight = normal(n, k, dtype=dtype), normal(o, k, dtype=dtype, seed=1)
-    return x, weight, normal(o, seed=2), normal(n, o, dtype=dtype, seed=3)
+    x, weight = normal(n, k, dtype=dtype, seed=seed), normal(o, k, dtype=dtype, seed=seed + 1)
+    return x, weight, normal(o, seed=seed + 2), normal(n, o, dtype=dtype, seed=seed + 3)
 
 
 def main() -> None:

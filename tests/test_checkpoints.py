@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from testkit import IDMS, TOKENIZER, WORLD_MODEL, examples, one_line, same, stirred
+from testkit import DAMAGES, IDMS, TOKENIZER, WORLD_MODEL, damage, examples, one_line, same, stirred
 
 from rlir.checkpoints import (
     WEIGHTS,
@@ -147,16 +147,11 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
     assert same(load_state(tmp_path / "new" / "state.pt"), STATE)
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "text", "truncated", "folder"])
+@pytest.mark.parametrize("kind", DAMAGES)
 def test_a_state_that_cannot_be_read_is_named(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "state.pt"
     save_state(path, STATE)
-    data = path.read_bytes()
-    path.unlink()
-    if kind == "folder":
-        path.mkdir()
-    elif kind != "missing":
-        path.write_bytes({"empty": b"", "text": b"hello", "truncated": data[:-100]}[kind])
+    damage(path, kind)
     with pytest.raises(InputError) as caught:
         load_state(path)
     assert f"resume: {path} must be a readable state" in one_line(str(caught.value))

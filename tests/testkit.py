@@ -113,6 +113,19 @@ def bytes_of(x: Tensor) -> bytes:
 MAIN = "from rlir.cli import main; main()"
 
 
+DAMAGES = ("missing", "empty", "text", "half", "folder")
+
+
+def damage(path: Path, kind: str) -> None:
+    """What a file may have become."""
+    data = path.read_bytes()
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind != "missing":
+        path.write_bytes({"empty": b"", "text": b"hello", "half": data[: len(data) // 2]}[kind])
+
+
 def command(*words: object) -> list[str]:
     """The argument list of an ``rlir`` command."""
     return [sys.executable, "-c", MAIN, *map(str, words)]

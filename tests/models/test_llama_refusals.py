@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from testkit import WORLD_MODEL, one_line
+from testkit import DAMAGES, WORLD_MODEL, damage, one_line
 from torch import Tensor
 
 pytest.importorskip("transformers")
@@ -115,15 +115,10 @@ def test_tensors_that_do_not_fit_are_named(
 
 
 @pytest.mark.parametrize("file", [CONFIG, WEIGHTS])
-@pytest.mark.parametrize("kind", ["missing", "empty", "text", "half", "folder"])
+@pytest.mark.parametrize("kind", DAMAGES)
 def test_a_file_that_cannot_be_read_is_named(folder: Path, file: str, kind: str) -> None:
     path = folder / file
-    data = path.read_bytes()
-    path.unlink()
-    if kind == "folder":
-        path.mkdir()
-    elif kind != "missing":
-        path.write_bytes({"empty": b"", "text": b"hello", "half": data[: len(data) // 2]}[kind])
+    damage(path, kind)
     with pytest.raises(InputError) as caught:
         load(folder)
     assert str(folder) in (text := one_line(str(caught.value)))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from testkit import one_line, same
+from testkit import DAMAGES, damage, one_line, same
 from torch import Tensor
 
 pytest.importorskip("transformers")
@@ -132,15 +132,10 @@ def test_a_file_without_a_state_dict_is_named(tmp_path: Path, held: Any, text: s
     one_line(str(caught.value))
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "text", "half", "folder"])
+@pytest.mark.parametrize("kind", DAMAGES)
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, kind: str) -> None:
     path = written(tmp_path / "m.ckpt", {"state_dict": state()})
-    data = path.read_bytes()
-    path.unlink()
-    if kind == "folder":
-        path.mkdir()
-    elif kind != "missing":
-        path.write_bytes({"empty": b"", "text": b"hello", "half": data[: len(data) // 2]}[kind])
+    damage(path, kind)
     with pytest.raises(InputError) as caught:
         load_it(path)
     assert str(path) in one_line(str(caught.value))

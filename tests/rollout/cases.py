@@ -1,6 +1,8 @@
 """Tiny models, prompts and schedules that the tests of rollouts share."""
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from testkit import WORLD_MODEL, stirred
 
 from rlir.actions.space import DOOM
 from rlir.models.world_model import WorldModel, WorldModelConfig
+from rlir.rollout import engine as engine_module
 from rlir.rollout.sampling import Sampling
 from rlir.rollout.schedule import Schedule, diagonal, sequential
 from rlir.rollout.stepwise import StepwiseEngine
@@ -84,3 +87,19 @@ def schedules(model: WorldModel, row_end: str) -> list[Schedule]:
     """Raster order, and every window."""
     windows = range(1, model.config.columns + 2)
     return [Schedule(), *(diagonal(window, row_end) for window in windows)]
+
+
+@contextmanager
+def poisoned_caches() -> Iterator[None]:
+    """What the engine allocates and does not write holds NaN."""
+    real = torch.empty
+
+    def poisoned(*sizes: object, **options: object) -> torch.Tensor:
+        x = real(*sizes, **options)
+        if x.is_floating_point():
+            return x.fill_(torch.nan)
+        return x.fill_(0x7FC07FC0) if x.dtype == torch.int32 else x  # two bfloat16
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_module.torch, "empty", poisoned)
+        yield

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from backends import instruction_set, instruction_sets, needs_amx
+from cases import poisoned_caches
 from testkit import WORLD_MODEL, stirred
 from torch import Tensor
 
@@ -12,7 +13,6 @@ from rlir import _library
 from rlir.actions.space import DOOM
 from rlir.errors import InputError
 from rlir.models.world_model import WorldModel, WorldModelConfig
-from rlir.rollout import engine as engine_module
 from rlir.rollout.engine import RolloutEngine, rollout_seed
 from rlir.rollout.parity import token_logprob
 from rlir.rollout.sampling import Sampling
@@ -183,31 +183,18 @@ def test_instruction_sets_give_the_same_bits(shape: str, dtype: torch.dtype) -> 
         ),
     ],
 )
-def test_what_was_never_written_is_never_used(
-    shape: str, dtype: torch.dtype, isa: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_never_written_is_never_used(shape: str, dtype: torch.dtype, isa: str) -> None:
     model = make(shape)
     prompts, actions = inputs(model, 1 if isa == "amx" else 3)
     actions = actions[:, :3] if isa == "amx" else actions
     with instruction_set(isa):
-        assert_poison_is_not_seen(RolloutEngine(model, dtype), prompts, actions, monkeypatch)
+        assert_poison_is_not_seen(RolloutEngine(model, dtype), prompts, actions)
 
 
-def assert_poison_is_not_seen(
-    engine: RolloutEngine, prompts: Tensor, actions: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def assert_poison_is_not_seen(engine: RolloutEngine, prompts: Tensor, actions: Tensor) -> None:
     plain = roll(engine, prompts, actions, group_size=3, seed=2)
-    real = engine_module.torch.empty
-
-    def poisoned(*sizes: object, **options: object) -> Tensor:
-        x = real(*sizes, **options)
-        if x.is_floating_point():
-            return x.fill_(torch.nan)
-        return x.fill_(0x7FC07FC0) if x.dtype == torch.int32 else x  # two bfloat16
-
-    monkeypatch.setattr(engine_module.torch, "empty", poisoned)
-    again = roll(engine, prompts, actions, group_size=3, seed=2)
-    monkeypatch.undo()
+    with poisoned_caches():
+        again = roll(engine, prompts, actions, group_size=3, seed=2)
     assert same(plain, again)
     assert plain.logprob.isfinite().all()
 

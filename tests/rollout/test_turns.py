@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from backends import instruction_set, instruction_sets, threads
-from cases import make, mixed_prompts, prompt, row_ends
+from cases import make, mixed_prompts, poisoned_caches, prompt, row_ends
 from testkit import same
 from torch import Tensor
 
@@ -204,25 +204,14 @@ def test_a_clip_of_many_windows_is_scored_as_it_was_drawn(
 
 @dtypes
 @row_ends
-def test_poison_is_never_seen(
-    row_end: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_poison_is_never_seen(row_end: str, dtype: torch.dtype) -> None:
     model = make("several blocks of keys")
     prompts = [prompt(model, 3, 3), prompt(model, 1, 4)]  # 3 frames: whole blocks of the prompt
     call = {"group_size": 2, "schedule": diagonal(2, row_end), "seed": 8}
     engine = RolloutEngine(model, dtype)
     plain = engine.rollout(prompts, **call)
-    real = torch.empty
-
-    def poisoned(*sizes: object, **options: object) -> Tensor:
-        x = real(*sizes, **options)
-        if x.is_floating_point():
-            return x.fill_(torch.nan)
-        return x.fill_(0x7FC07FC0) if x.dtype == torch.int32 else x  # two bfloat16
-
-    monkeypatch.setattr(engine_module.torch, "empty", poisoned)
-    again = engine.rollout(prompts, **call)
-    monkeypatch.undo()
+    with poisoned_caches():
+        again = engine.rollout(prompts, **call)
     assert alike(plain, again)
     assert plain.logprob.isfinite().all()
 

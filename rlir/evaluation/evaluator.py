@@ -1,6 +1,7 @@
 """Roll out held-out clips and have both inverse dynamics models read them."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,6 +23,11 @@ from rlir.training import check_seed
 
 EVALUATION = 2**31
 """Draws of evaluations are numbered from here on, those of training steps below."""
+PART = 64
+"""Clips that are drawn and read together."""
+
+Readings = dict[str, tuple[np.ndarray, np.ndarray]]
+"""By inverse dynamics model: classes and features."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ class Evaluator:
         self.maps = tuple(clips.map_of(int(start)) for start in starts)
         self.real = frames.numpy()
         self.codes = self._encode(frames)
-        self.read_real = self._read_both(to_unit(frames))
+        self.read_real, _ = self._read(to_unit(part) for part in frames.split(PART))
 
     @torch.no_grad()
     def _encode(self, frames: Tensor) -> Tensor:
@@ -88,16 +94,24 @@ class Evaluator:
                 parts.append(self.models.tokenizer.encode(to_unit(part)))
         return torch.cat(parts).unflatten(0, frames.shape[:2])
 
-    def _read_both(self, frames: Tensor) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Classes and features that the reward's model and the judge read off frames."""
-        out = {}
-        for name, idm in (("reward", self.models.reward_idm), ("judge", self.models.judge_idm)):
-            classes, features = idm.read(frames)
-            out[name] = (classes.numpy(), features.numpy())
-        return out
+    def _read(self, parts: Iterable[Tensor]) -> tuple[Readings, np.ndarray]:
+        """Classes and features that the reward's model and the judge read off frames, which come
+        in parts since in float32 they are large, and the frames in bytes.
+        """
+        found: dict[str, list[tuple[Tensor, Tensor]]] = {"reward": [], "judge": []}
+        shown = []
+        for frames in parts:
+            found["reward"].append(self.models.reward_idm.read(frames))
+            found["judge"].append(self.models.judge_idm.read(frames))
+            shown.append(to_bytes(frames))
+        readings = {}
+        for name, read in found.items():
+            classes, features = (torch.cat(x).numpy() for x in zip(*read, strict=True))
+            readings[name] = (classes, features)
+        return readings, torch.cat(shown).numpy()
 
     def continuations(
-        self, model: WorldModel, count: int | None = None, batch: int = 64, seed: int = 0
+        self, model: WorldModel, count: int | None = None, batch: int = PART, seed: int = 0
     ) -> Tensor:
         """Codes [N, L, S] of the model's continuations of the first ``count`` clips.
 
@@ -118,8 +132,7 @@ class Evaluator:
 
     def score_codes(self, codes: Tensor) -> Scored:
         """What both models read off drawn codes [n, L, S] of the first n clips."""
-        frames = draw(self.models.tokenizer, codes)
-        return self._scored(self._read_both(frames), to_bytes(frames).numpy())
+        return self._scored(*self._read(draw(self.models.tokenizer, x) for x in codes.split(PART)))
 
     def score(self, model: WorldModel, count: int | None = None, seed: int = 0) -> Scored:
         """What both models read off the world model's continuations."""
@@ -130,7 +143,7 @@ class Evaluator:
         """``config.samples`` continuations of every clip, scored."""
         return [self.score(model, seed=seed) for seed in range(self.config.samples)]
 
-    def _scored(self, read: dict[str, tuple[np.ndarray, np.ndarray]], shown: np.ndarray) -> Scored:
+    def _scored(self, read: Readings, shown: np.ndarray) -> Scored:
         n = len(shown)
         readings = {
             name: Reading(classes, features, self.read_real[name][1][:n])

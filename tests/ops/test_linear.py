@@ -37,7 +37,7 @@ def results(
         got = with_gradients(op.function, inputs, grad, **options)
     # Contiguous: on AMX torch's product of padded rows of bfloat16 takes the padding in.
     seen = [x.to(dtype).contiguous() for x in inputs]
-    out, *gradients = with_gradients(F.linear, seen, grad.to(dtype))
+    out, *gradients = with_gradients(F.linear, seen, grad.to(dtype).contiguous())
     peer = [out.to(got[0].dtype), *(g.to(x.dtype) for g, x in zip(gradients, inputs, strict=True))]
     exact = [seen[0].double(), seen[1].double(), *(x.double() for x in inputs[2:])]
     truth = with_gradients(F.linear, exact, grad.to(dtype).double())

@@ -7,6 +7,7 @@ limits (what a copy of memory reaches) are measured in the same run.
 import ctypes
 import gc
 import json
+import math
 import os
 import platform
 import statistics
@@ -44,19 +45,26 @@ def interleave(
 ) -> dict[str, float]:
     """Median seconds a call of each candidate. They take turns, ``seconds`` at a time.
 
-    ``clock`` may be time.process_time where the machine is busy and there is one thread.
+    A turn of calls shorter than 20 ms begins with 5 ms of them that are not counted: after another
+    candidate, and most of all after a pause, a processor's wide units and a virtual machine's cores
+    take milliseconds to come back, which whoever happens to be next would pay for. ``clock`` may be
+    time.process_time where the machine is busy and there is one thread.
     """
-    calls = {}
+    calls, warm = {}, {}
     for name, call in candidates.items():
         for _ in range(warmup):
             call()
         begin = clock()
         for _ in range(warmup):
             call()
-        calls[name] = max(1, int(seconds * warmup / max(clock() - begin, 1e-9)))
+        took = max(clock() - begin, 1e-9) / warmup
+        calls[name] = max(1, int(seconds / took))
+        warm[name] = math.ceil(0.005 / took) if took < 0.02 else 0
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, call in candidates.items():
+            for _ in range(warm[name]):
+                call()
             begin = clock()
             for _ in range(calls[name]):
                 call()

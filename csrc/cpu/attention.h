@@ -6,6 +6,7 @@
 #pragma once
 
 #include "core/exp2.h"
+#include "cpu/attention_lanes.h"
 #include "cpu/softmax.h"
 #include "cpu/video_attention.h"
 #include "cpu/words.h"
@@ -35,47 +36,6 @@ inline void* element(bool bfloat16, void* x, int64_t at) {
 
 // --- Words of rows -------------------------------------------------------------------------------
 
-inline float float_of(uint16_t bits) {
-  return __builtin_bit_cast(float, static_cast<uint32_t>(bits) << 16);
-}
-
-// Word w of a row of `dim` elements; beyond the end are zeros.
-template <typename F>
-inline typename F::Word row_word(const void* row, int64_t w, int64_t dim) {
-  if constexpr (F::kPerWord == 2) {
-    const auto* x = static_cast<const uint16_t*>(row);
-    const uint32_t low = x[2 * w];
-    return 2 * w + 1 < dim ? low | static_cast<uint32_t>(x[2 * w + 1]) << 16 : low;
-  } else if constexpr (F::kSwapped) {
-    const int64_t d = w ^ 1;
-    return d < dim ? float_of(static_cast<const uint16_t*>(row)[d]) : 0.0f;
-  } else {
-    return static_cast<const float*>(row)[w];
-  }
-}
-
-// panel [words][kPanel]: one row goes to a lane.
-template <typename F>
-inline void put_lane(typename F::Word* panel, int lane, const void* row, int64_t dim) {
-  const int64_t words = words_for<F>(dim);
-  if (row == nullptr) {
-    for (int64_t w = 0; w < words; ++w) panel[w * kPanel + lane] = {};
-    return;
-  }
-  if constexpr (F::kPerWord == 2) {
-    const auto* x = static_cast<const uint16_t*>(row);
-    const int64_t whole = dim / 2;
-    for (int64_t w = 0; w < whole; ++w) {
-      uint32_t word;
-      __builtin_memcpy(&word, x + 2 * w, sizeof word);
-      panel[w * kPanel + lane] = word;
-    }
-    if (whole < words) panel[whole * kPanel + lane] = row_word<F>(row, whole, dim);
-  } else {
-    for (int64_t w = 0; w < words; ++w) panel[w * kPanel + lane] = row_word<F>(row, w, dim);
-  }
-}
-
 // Rows for the broadcast side of a product: where they lie, or a copy.
 template <typename F>
 struct Rows {
@@ -96,10 +56,10 @@ inline const void* slot_row(bool bfloat16, const KeySource& s, bool values, int6
                 : element(bfloat16, s.k[part], at * s.k_stride[part]);
 }
 
-// Keys (or values) of a block as words along d.
+// Keys (or values) of a block as words along d; `copies`: even where they could stay.
 template <typename F>
 inline Rows<F> block_rows(const KeySource& s, bool values, int64_t start, int64_t count,
-                          int64_t dim, void* copy) {
+                          int64_t dim, bool copies, void* copy) {
   using Word = typename F::Word;
   constexpr int64_t kPer = F::kPerWord;
   constexpr bool kBFloat16 = kPer == 2 || F::kSwapped;
@@ -107,7 +67,8 @@ inline Rows<F> block_rows(const KeySource& s, bool values, int64_t start, int64_
   if (!F::kSwapped && part >= 0 && dim % kPer == 0) {
     const int64_t stride = values ? s.v_stride[part] : s.k_stride[part];
     const void* first = slot_row(kBFloat16, s, values, start);
-    if (stride % kPer == 0 && reinterpret_cast<uintptr_t>(first) % sizeof(Word) == 0) {
+    if (stride == dim) copies = false;  // they lie together
+    if (!copies && stride % kPer == 0 && reinterpret_cast<uintptr_t>(first) % sizeof(Word) == 0) {
       return {static_cast<const Word*>(first), stride / kPer};
     }
   }
@@ -115,6 +76,10 @@ inline Rows<F> block_rows(const KeySource& s, bool values, int64_t start, int64_
   Word* to = static_cast<Word*>(copy);
   for (int64_t i = 0; i < count; ++i) {
     const void* row = slot_row(kBFloat16, s, values, start + i);
+    if (!F::kSwapped && dim % kPer == 0) {
+      __builtin_memcpy(to + i * words, row, static_cast<uint64_t>(words) * sizeof(Word));
+      continue;
+    }
     for (int64_t w = 0; w < words; ++w) to[i * words + w] = row_word<F>(row, w, dim);
   }
   return {to, words};
@@ -387,28 +352,48 @@ struct Panel {
   Word *values, *copy;
 };
 
+// Of a panel by itself, and of what panels that go over the same keys one after the other share.
+template <typename F>
+inline int64_t own_floats(int64_t dim) {
+  return (round_up(words_for<F>(dim), 16) + padded_dim(dim) + 2) * kPanel;
+}
+template <typename F>
+inline int64_t shared_floats(int64_t dim) {
+  return kBlockRows * kPanel + 2 * kKeyBlock * round_up(dim, 16);
+}
 template <typename F>
 inline int64_t panel_floats(int64_t dim) {
-  const int64_t words = round_up(words_for<F>(dim), 16), block = kKeyBlock * round_up(dim, 16);
-  return (words + kBlockRows + padded_dim(dim) + 2) * kPanel + 2 * block;
+  return own_floats<F>(dim) + shared_floats<F>(dim);
 }
 
+// `count` panels in shared_floats and count times own_floats.
 template <typename F>
-inline Panel<F> panel_at(float* space, int64_t dim) {
+inline void panels_at(Panel<F>* panels, int count, float* space, int64_t dim) {
   const int64_t words = round_up(words_for<F>(dim), 16), block = kKeyBlock * round_up(dim, 16);
-  Panel<F> p;
   const auto take = [&space](int64_t n) {
     float* at = space;
     space += n;
     return at;
   };
-  p.q = reinterpret_cast<typename F::Word*>(take(words * kPanel));
-  p.scores = take(kBlockRows * kPanel);
-  p.sums = take(padded_dim(dim) * kPanel);
-  p.maximum = take(kPanel);
-  p.l = take(kPanel);
-  p.values = reinterpret_cast<typename F::Word*>(take(block));
-  p.copy = reinterpret_cast<typename F::Word*>(take(block));
+  float* scores = take(kBlockRows * kPanel);
+  auto* values = reinterpret_cast<typename F::Word*>(take(block));
+  auto* copy = reinterpret_cast<typename F::Word*>(take(block));
+  for (int i = 0; i < count; ++i) {
+    Panel<F>& p = panels[i];
+    p.q = reinterpret_cast<typename F::Word*>(take(words * kPanel));
+    p.scores = scores;
+    p.sums = take(padded_dim(dim) * kPanel);
+    p.maximum = take(kPanel);
+    p.l = take(kPanel);
+    p.values = values;
+    p.copy = copy;
+  }
+}
+
+template <typename F>
+inline Panel<F> panel_at(float* space, int64_t dim) {
+  Panel<F> p;
+  panels_at(&p, 1, space, dim);
   return p;
 }
 
@@ -428,16 +413,16 @@ template <typename F>
 inline void load_queries(Panel<F>& p, const VideoAttention& a, int64_t first) {
   p.lanes = static_cast<int>(at_most(a.queries.lanes() - first, kPanel));
   p.used = (p.lanes + kWidth - 1) / kWidth;
-  for (int i = 0; i < p.used * kWidth; ++i) {
-    if (i >= p.lanes) {
-      put_lane<F>(p.q, i, nullptr, a.dim);
-      continue;
+  for (int lane = 0; lane < p.lanes; lane += kWidth) {
+    const void* rows[kWidth] = {};
+    for (int i = lane; i < at_most(lane + kWidth, p.lanes); ++i) {
+      const LanePlace place = lane_place(a.queries, first + i);
+      const Reach& reach = a.queries.reach[place.member * a.queries.tokens + place.token];
+      p.reach.set(i, reach);
+      if (reach.low >= reach.high) continue;
+      rows[i - lane] = element(Panel<F>::kBFloat16, a.queries.q, place.at(a.queries.stride));
     }
-    const LanePlace place = lane_place(a.queries, first + i);
-    const Reach& reach = a.queries.reach[place.member * a.queries.tokens + place.token];
-    p.reach.set(i, reach);
-    const void* row = element(Panel<F>::kBFloat16, a.queries.q, place.at(a.queries.stride));
-    put_lane<F>(p.q, i, reach.low < reach.high ? row : nullptr, a.dim);
+    put_lanes<F>(p.q, lane, rows, a.dim);
   }
   p.reach.finish(p.lanes);
 }
@@ -583,63 +568,127 @@ inline void add_values_apart(Panel<F>& p, const VideoAttention& a, int64_t start
   }
 }
 
-// Blocks [first, last) of those that the panel sees.
+// A block of PackedKeys: keys lie together (as they are, their rows may fall on a few lines of the
+// first level cache), values are turned, and it is said whether these are finite.
 template <typename F>
-inline void attend_blocks(Panel<F>& p, const VideoAttention& a, int64_t first, int64_t last) {
-  const int64_t begin = first > p.reach.first_block() ? first : p.reach.first_block();
-  const int64_t end = at_most(last, p.reach.last_block());
+struct PackedBlock {
+  using Word = typename F::Word;
+  Word *k, *v, *finite;
+
+  PackedBlock(char* at, int64_t dim)
+      : k(reinterpret_cast<Word*>(at)),
+        v(k + round_up(kKeyBlock * words_for<F>(dim), 16)),
+        finite(v + kKeyBlock / F::kPerWord * round_up(dim, 16)) {}
+  static int64_t bytes(int64_t dim) {
+    return reinterpret_cast<char*>(PackedBlock(nullptr, dim).finite) - static_cast<char*>(nullptr) +
+           64;
+  }
+};
+
+template <typename F>
+inline void pack_block(const VideoAttention& a, int64_t block, char* to) {
+  const PackedBlock<F> packed(to, a.dim);
+  const int64_t start = block * kKeyBlock;
+  const int64_t count = at_most(a.keys.count[0] + a.keys.count[1] - start, kKeyBlock);
+  const Rows<F> keys = block_rows<F>(a.keys, false, start, count, a.dim, true, packed.k);
+  if (keys.first != packed.k) {
+    __builtin_memcpy(packed.k, keys.first,
+                     static_cast<uint64_t>(count * words_for<F>(a.dim)) * sizeof *packed.k);
+  }
+  bool everything[kKeyBlock];
+  for (bool& x : everything) x = true;
+  *packed.finite = pack_rows_of<F>(a, true, start, count, everything, packed.v) ? 1 : 0;
+}
+
+// What panels that go over a block one after the other share of it.
+template <typename F>
+struct SharedBlock {
+  using Word = typename F::Word;
+  Rows<F> keys;
+  const Word* values = nullptr;
+  bool finite = false;
+
+  SharedBlock(const VideoAttention& a, int64_t block, int64_t count, bool several, Word* copy) {
+    if (a.packed.part[0] == nullptr) {
+      keys = block_rows<F>(a.keys, false, block * kKeyBlock, count, a.dim, several, copy);
+      return;
+    }
+    const int part = block < a.packed.border ? 0 : 1;
+    const int64_t at = part == 0 ? block : block - a.packed.border;
+    const PackedBlock<F> packed(
+        const_cast<char*>(a.packed.part[part]) + at * PackedBlock<F>::bytes(a.dim), a.dim);
+    keys = {packed.k, words_for<F>(a.dim)};
+    values = packed.v;
+    finite = *packed.finite != 0;
+  }
+};
+
+// Blocks [first, last) of those that the panels see, one after the other.
+template <typename F>
+inline void attend_blocks(Panel<F>* panels, int panel_count, const VideoAttention& a, int64_t first,
+                          int64_t last) {
+  int64_t begin = INT64_MAX, end = 0, high = 0;
+  for (int i = 0; i < panel_count; ++i) {
+    const PanelReach& r = panels[i].reach;
+    begin = r.first_block() < begin ? r.first_block() : begin;
+    end = r.last_block() > end ? r.last_block() : end;
+    high = r.most_high > high ? r.most_high : high;
+  }
+  begin = first > begin ? first : begin;
+  end = at_most(last, end);
   const int64_t words = words_for<F>(a.dim), stride = round_up(a.dim, 16);
   for (int64_t block = begin; block < end; ++block) {
     const int64_t start = block * kKeyBlock;
-    const int64_t count = at_most(p.reach.most_high - start, kKeyBlock);
-    const Rows<F> keys = block_rows<F>(a.keys, false, start, count, a.dim, p.copy);
-    panel_product<F>(p.scores, keys.first, keys.stride, count, p.q, words,
-                     static_cast<int>(p.lanes), false);
-    bool seen[kKeyBlock];
-    const bool all = !mask_scores(a.mask, p.reach, start, count, p.used, p.scores, seen);
-    softmax_block<F>(p, count, a.dim, a.scale);
-    const bool finite = pack_rows_of<F>(a, true, start, count, all ? nullptr : seen, p.values);
-    if (!finite) {
-      add_values_apart<F>(p, a, start, count);
-      continue;
-    }
-    add_columns<F>(p.sums, reinterpret_cast<const typename F::Word*>(p.scores), p.values, stride,
-                   words_of<F>(count, true), a.dim, p.used);
-  }
-}
-
-// x [lanes] of a panel's row of sums to the rows of the lanes, each rounded once.
-template <typename F>
-inline void store_lane(void* to, const float* column, int64_t dim, float factor) {
-  for (int64_t d = 0; d < dim; d += kWidth) {
-    Vf x = {};
-    const int64_t n = at_most(kWidth, dim - d);
-    for (int64_t i = 0; i < n; ++i) x[i] = column[(d + i) * kPanel];
-    x = x * splat(factor);
-    if constexpr (Panel<F>::kBFloat16) {
-      const Vu bits = (Vu)x;
-      const Vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-      const Vu out = (bits & 0x7fffffffu) > 0x7f800000u ? Vu{} + 0x7fc0u : rounded;
-      for (int64_t i = 0; i < n; ++i) {
-        static_cast<uint16_t*>(to)[d + i] = static_cast<uint16_t>(out[i]);
+    const int64_t most = at_most(high - start, kKeyBlock);
+    SharedBlock<F> shared(a, block, most, panel_count > 1, panels[0].copy);
+    for (int i = 0; i < panel_count; ++i) {
+      Panel<F>& p = panels[i];
+      if (block < p.reach.first_block() || block >= p.reach.last_block()) continue;
+      const int64_t count = at_most(p.reach.most_high - start, kKeyBlock);
+      panel_product<F>(p.scores, shared.keys.first, shared.keys.stride, count, p.q, words,
+                       static_cast<int>(p.lanes), false);
+      bool seen[kKeyBlock];
+      const bool all = !mask_scores(a.mask, p.reach, start, count, p.used, p.scores, seen);
+      softmax_block<F>(p, count, a.dim, a.scale);
+      if (shared.values == nullptr && panel_count > 1) {
+        bool everything[kKeyBlock];
+        for (bool& x : everything) x = true;
+        shared.finite = pack_rows_of<F>(a, true, start, most, everything, p.values);
+        shared.values = p.values;
       }
-    } else {
-      for (int64_t i = 0; i < n; ++i) static_cast<float*>(to)[d + i] = x[i];
+      const typename F::Word* values = shared.values;
+      if (!shared.finite) {
+        // Rows that nobody sees are left out: they may be anything.
+        const bool finite = pack_rows_of<F>(a, true, start, count, all ? nullptr : seen, p.values);
+        if (!finite) {
+          add_values_apart<F>(p, a, start, count);
+          continue;
+        }
+        values = p.values;
+      }
+      add_columns<F>(p.sums, reinterpret_cast<const typename F::Word*>(p.scores), values, stride,
+                     words_of<F>(count, true), a.dim, p.used);
     }
   }
 }
 
 template <typename F>
 inline void finish(const Panel<F>& p, const VideoAttention& a, int64_t first) {
-  for (int i = 0; i < p.lanes; ++i) {
-    const LanePlace place = lane_place(a.queries, first + i);
-    const bool none = p.l[i] == 0.0f;  // it saw nothing
-    store_lane<F>(element(Panel<F>::kBFloat16, a.out, place.at(a.out_stride)), p.sums + i, a.dim,
-                  none ? 0.0f : 1.0f / p.l[i]);
-    if (a.lse == nullptr) continue;
-    const double natural = 0x1.62e42fefa39efp-1 * static_cast<double>(p.maximum[i]);
-    a.lse[place.at(a.lse_stride)] =
-        none ? minus_infinity() : static_cast<float>(natural + log(static_cast<double>(p.l[i])));
+  constexpr bool kBFloat16 = Panel<F>::kBFloat16;
+  for (int lane = 0; lane < p.lanes; lane += kWidth) {
+    void* rows[kWidth] = {};
+    for (int i = lane; i < at_most(lane + kWidth, p.lanes); ++i) {
+      const LanePlace place = lane_place(a.queries, first + i);
+      rows[i - lane] = element(kBFloat16, a.out, place.at(a.out_stride));
+      if (a.lse == nullptr) continue;
+      const double natural = 0x1.62e42fefa39efp-1 * static_cast<double>(p.maximum[i]);
+      a.lse[place.at(a.lse_stride)] =
+          p.l[i] == 0.0f ? minus_infinity()  // it saw nothing
+                         : static_cast<float>(natural + log(static_cast<double>(p.l[i])));
+    }
+    const Vf l = load_vector(p.l + lane);
+    const Vf factors = select(l == Vf{}, Vf{}, splat(1.0f) / l);
+    store_lanes<kBFloat16>(rows, p.sums, lane, a.dim, factors);
   }
 }
 

@@ -10,57 +10,77 @@ namespace rlir::cpu::RLIR_ISA {
 namespace {
 
 template <typename F>
-Panel<F> open(const VideoAttention& a, int64_t panel, float* scratch) {
-  Panel<F> p = panel_at<F>(scratch, a.dim);
-  load_queries(p, a, panel * kPanel);
-  clear_state(p, a.dim);
-  return p;
-}
-
-template <typename F>
-void prefix(const VideoAttention& a, int64_t panel, int64_t blocks, float* state, float* scratch) {
-  const ProductScope<F> scope;
-  Panel<F> p = open<F>(a, panel, scratch);
-  attend_blocks(p, a, 0, blocks);
-  float* lane = state + panel * kPanel * decode_state(a.dim);
-  for (int i = 0; i < p.lanes; ++i, lane += decode_state(a.dim)) {
-    lane[0] = p.maximum[i];
-    lane[1] = p.l[i];
-    for (int64_t d = 0; d < a.dim; ++d) lane[2 + d] = p.sums[d * kPanel + i];
+void open(Panel<F>* panels, int count, const VideoAttention& a, int64_t first, float* scratch) {
+  panels_at(panels, count, scratch, a.dim);
+  for (int i = 0; i < count; ++i) {
+    load_queries(panels[i], a, (first + i) * kPanel);
+    clear_state(panels[i], a.dim);
   }
 }
 
 template <typename F>
-void suffix(const VideoAttention& a, int64_t panel, int64_t blocks, const float* state,
+void prefix(const VideoAttention& a, int64_t first, int64_t count, int64_t blocks, float* state,
             float* scratch) {
   const ProductScope<F> scope;
-  Panel<F> p = open<F>(a, panel, scratch);
-  if (blocks > 0) {
-    const float* lane = state + panel * kPanel * decode_state(a.dim);
-    for (int i = 0; i < p.lanes; ++i, lane += decode_state(a.dim)) {
-      p.maximum[i] = lane[0];
-      p.l[i] = lane[1];
-      for (int64_t d = 0; d < a.dim; ++d) p.sums[d * kPanel + i] = lane[2 + d];
+  Panel<F> panels[kPanelsTogether];
+  const int some = static_cast<int>(count);
+  open<F>(panels, some, a, first, scratch);
+  attend_blocks(panels, some, a, 0, blocks);
+  const int64_t size = decode_state(a.dim);
+  for (int64_t j = 0; j < count; ++j) {
+    const Panel<F>& p = panels[j];
+    for (int lane = 0; lane < p.lanes; lane += kWidth) {
+      void* rows[kWidth] = {};
+      for (int i = lane; i < at_most(lane + kWidth, p.lanes); ++i) {
+        float* to = state + ((first + j) * kPanel + i) * size;
+        to[0] = p.maximum[i];
+        to[1] = p.l[i];
+        rows[i - lane] = to + 2;
+      }
+      store_lanes<false>(rows, p.sums, lane, a.dim, splat(1.0f));
     }
   }
-  attend_blocks(p, a, blocks, INT64_MAX);
-  finish(p, a, panel * kPanel);
+}
+
+template <typename F>
+void suffix(const VideoAttention& a, int64_t first, int64_t count, int64_t blocks,
+            const float* state, float* scratch) {
+  const ProductScope<F> scope;
+  Panel<F> panels[kPanelsTogether];
+  const int some = static_cast<int>(count);
+  open<F>(panels, some, a, first, scratch);
+  const int64_t size = decode_state(a.dim);
+  for (int64_t j = 0; blocks > 0 && j < count; ++j) {
+    Panel<F>& p = panels[j];
+    for (int lane = 0; lane < p.lanes; lane += kWidth) {
+      const void* rows[kWidth] = {};
+      for (int i = lane; i < at_most(lane + kWidth, p.lanes); ++i) {
+        const float* from = state + ((first + j) * kPanel + i) * size;
+        p.maximum[i] = from[0];
+        p.l[i] = from[1];
+        rows[i - lane] = from + 2;
+      }
+      put_lanes<Plain>(p.sums, lane, rows, a.dim);
+    }
+  }
+  attend_blocks(panels, some, a, blocks, INT64_MAX);
+  for (int64_t i = 0; i < count; ++i) finish(panels[i], a, (first + i) * kPanel);
 }
 
 }  // namespace
 
-void decode_prefix(const VideoAttention& a, int64_t panel, int64_t blocks, float* state,
-                   void* scratch) {
+void decode_prefix(const VideoAttention& a, int64_t first, int64_t count, int64_t blocks,
+                   float* state, void* scratch) {
   float* space = static_cast<float*>(scratch);
-  a.bfloat16 ? prefix<BFloat16Words>(a, panel, blocks, state, space)
-             : prefix<Plain>(a, panel, blocks, state, space);
+  a.bfloat16 ? prefix<BFloat16Words>(a, first, count, blocks, state, space)
+             : prefix<Plain>(a, first, count, blocks, state, space);
 }
 
-void decode_suffix(const VideoAttention& a, int64_t panel, int64_t blocks, const float* state,
-                   void* scratch) {
+void decode_suffix(const VideoAttention& a, int64_t first, int64_t count, int64_t blocks,
+                   const float* state, void* scratch) {
   float* space = static_cast<float*>(scratch);
-  a.bfloat16 ? suffix<BFloat16Words>(a, panel, blocks, state, space)
-             : suffix<Plain>(a, panel, blocks, state, space);
+  a.bfloat16 ? suffix<BFloat16Words>(a, first, count, blocks, state, space)
+             : suffix<Plain>(a, first, count, blocks, state, space);
 }
 
 }  // namespace rlir::cpu::RLIR_ISA

@@ -17,12 +17,13 @@ namespace rlir::cpu {
 // Floats of the state of a lane.
 inline int64_t decode_state(int64_t dim) { return dim + 2; }
 
-// Panel number `panel` of the lanes of all members over blocks [0, blocks); state [lanes].
-using DecodePrefix = void(const VideoAttention& args, int64_t panel, int64_t blocks, float* state,
-                          void* scratch);
-// Panel number `panel` of the lanes of one member, whose states begin at `state`, from block
-// `blocks` on, and the results. With blocks = 0 the states are not looked at.
-using DecodeSuffix = void(const VideoAttention& args, int64_t panel, int64_t blocks,
+// Panels [first, first + count) of the lanes of all members, at most kPanelsTogether, over blocks
+// [0, blocks); state [lanes].
+using DecodePrefix = void(const VideoAttention& args, int64_t first, int64_t count, int64_t blocks,
+                          float* state, void* scratch);
+// Those of the lanes of one member, whose states begin at `state`, from block `blocks` on, and the
+// results. With blocks = 0 the states are not looked at.
+using DecodeSuffix = void(const VideoAttention& args, int64_t first, int64_t count, int64_t blocks,
                           const float* state, void* scratch);
 
 #define RLIR_GROUP_DECODE_BUILD(isa) \

@@ -66,6 +66,13 @@ struct Queries {
   int64_t lanes() const { return members * tokens * heads; }
 };
 
+// Blocks of keys and values as the kernels want them, one after the other, made by `pack_keys`:
+// blocks below `border` in the first part, the others in the second one. Null where there are none.
+struct PackedKeys {
+  const char* part[2];
+  int64_t border;
+};
+
 struct VideoAttention {
   bool bfloat16;
   int64_t dim;
@@ -73,7 +80,8 @@ struct VideoAttention {
   AttentionMask mask;
   Queries queries;
   KeySource keys;
-  void* out;  // at the lanes' places by `out_stride`
+  PackedKeys packed;  // of `keys`
+  void* out;          // at the lanes' places by `out_stride`
   LaneStrides out_stride;
   float* lse;  // likewise; or null
   LaneStrides lse_stride;
@@ -82,11 +90,16 @@ struct VideoAttention {
 struct AttentionSizes {
   int64_t panel;    // lanes of a panel
   int64_t scratch;  // bytes of a task, aligned to 64
+  int64_t packed;   // bytes of a block of keys and values
 };
 using AttentionSizesOf = AttentionSizes(bool bfloat16, int64_t dim);
 
-// Panel number `panel` of the lanes.
-using AttendKernel = void(const VideoAttention& args, int64_t panel, void* scratch);
+// Panels of the lanes from number `first` on, at most kPanelsTogether: they go over the keys
+// together, so that a block's values are turned once.
+inline constexpr int kPanelsTogether = 4;
+using AttendKernel = void(const VideoAttention& args, int64_t first, int64_t count, void* scratch);
+// Blocks [first, last) of args.keys to `to`.
+using PackKeys = void(const VideoAttention& args, int64_t first, int64_t last, char* to);
 // Sums of dk (without the scale) and dv: [slots][attention_stride(dim)] for each segment.
 struct KeyGradients {
   float *k[2], *v[2];
@@ -122,6 +135,7 @@ using StoreKeyGradients = void(bool bfloat16, const float* sums, int64_t shares,
   namespace isa {                          \
   AttentionSizesOf attention_sizes;        \
   AttendKernel attend;                     \
+  PackKeys pack_keys;                      \
   BackwardScratch attend_backward_scratch; \
   AttendBackward attend_backward;          \
   StoreKeyGradients store_key_gradients;   \

@@ -155,7 +155,9 @@ void open(WidePanel<F>& w, const AttentionBackward& b, int64_t panel) {
         if (b.grad_lse != nullptr) w.delta[i] -= b.grad_lse[place.at(b.grad_lse_stride)];
       }
     }
-    put_lane<F>(w.grad[i / kPanel], i % kPanel, grad_row[i], a.dim);
+  }
+  for (int i = 0; i < w.parts * kPanel; i += kWidth) {
+    put_lanes<F>(w.grad[i / kPanel], i % kPanel, grad_row + i, a.dim);
   }
   const int64_t stride = round_up(a.dim, 16);
   for (int i = 0; i < w.lanes; i += 2) {
@@ -255,8 +257,8 @@ void backward(const AttentionBackward& b, int64_t panel, WidePanel<F>& w) {
   const int64_t words = words_for<F>(a.dim), stride = round_up(a.dim, 16);
   for (int64_t block = first; block < last; ++block) {
     const int64_t start = block * kKeyBlock, count = at_most(end - start, kKeyBlock);
-    const Rows<F> keys = block_rows<F>(a.keys, false, start, count, a.dim, w.part[0].copy);
-    const Rows<F> values = block_rows<F>(a.keys, true, start, count, a.dim, w.value_copy);
+    const Rows<F> keys = block_rows<F>(a.keys, false, start, count, a.dim, false, w.part[0].copy);
+    const Rows<F> values = block_rows<F>(a.keys, true, start, count, a.dim, false, w.value_copy);
     bool all = true, seen[kKeyBlock] = {};
     for (int i = 0; i < w.parts; ++i) {
       Panel<F>& p = w.part[i];
@@ -281,10 +283,14 @@ void backward(const AttentionBackward& b, int64_t panel, WidePanel<F>& w) {
                      stride, words_of<F>(count, true), a.dim, p.used);
     }
   }
-  for (int i = 0; i < w.lanes; ++i) {
-    const LanePlace place = lane_place(a.queries, w.first + i);
-    store_lane<F>(element(kBFloat16, b.dq, place.at(b.dq_stride)),
-                  w.part[i / kPanel].sums + i % kPanel, a.dim, b.natural_scale);
+  for (int lane = 0; lane < w.lanes; lane += kWidth) {
+    void* rows[kWidth] = {};
+    for (int i = lane; i < at_most(lane + kWidth, w.lanes); ++i) {
+      const LanePlace place = lane_place(a.queries, w.first + i);
+      rows[i - lane] = element(kBFloat16, b.dq, place.at(b.dq_stride));
+    }
+    store_lanes<kBFloat16>(rows, w.part[lane / kPanel].sums, lane % kPanel, a.dim,
+                           splat(b.natural_scale));
   }
 }
 

@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cmath>
 
+#include "core/cpu_isa.h"
 #include "core/scratch.h"
 #include "cpu/video_attention.h"
 
@@ -63,6 +64,16 @@ inline int64_t shares_for(int64_t units) {
   return units < 1 || units >= 8 ? 1 : (7 + units) / units;
 }
 
+// How many of the panels of each of `units` go over their keys together: more share more work, as
+// long as each thread has tasks to choose from.
+inline int64_t panels_together(int64_t panels, int64_t units, int64_t threads) {
+  int64_t together = cpu::kPanelsTogether;
+  while (together > 1 && units * ((panels + together - 1) / together) < 2 * threads) together /= 2;
+  return together;
+}
+
+inline int64_t all_threads() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
+
 // Calls run(task, scratch) for each task, on all threads, one task after the other as they come
 // free. Which thread takes which changes nothing: tasks write to places of their own.
 template <typename Run>
@@ -73,5 +84,55 @@ void for_tasks(int64_t tasks, int64_t scratch_bytes, const Run& run) {
     for (int64_t task; (task = next.fetch_add(1)) < tasks;) run(task, scratch.get());
   });
 }
+
+inline int64_t blocks_of(int64_t slots) { return (slots + cpu::kKeyBlock - 1) / cpu::kKeyBlock; }
+
+// Keys and values of units (a row's or a group's key head), packed where `panels` of queries, that
+// read each of a unit's `blocks`, are enough; some units after others, so that what is packed stays
+// small beside what is asked for.
+class Packing {
+ public:
+  Packing(int64_t units, int64_t panels, int64_t blocks, const cpu::AttentionSizes& sizes)
+      : units_(units),
+        panels_(panels),
+        blocks_(blocks),
+        block_(sizes.packed),
+        packs_(panels >= kPanelsThatPack && blocks > 0) {}
+
+  // Of a unit.
+  int64_t bytes() const { return blocks_ * block_; }
+  int64_t together(int64_t units) const {
+    return packs_ ? 2 : panels_together(panels_, units, all_threads());
+  }
+
+  // Calls run(first, units, packed) for all units; packed is null, or room for those units.
+  template <typename Run>
+  void each(const Run& run) const {
+    if (!packs_) return run(int64_t{0}, units_, static_cast<char*>(nullptr));
+    const int64_t some = std::min(units_, std::max(all_threads(), kPackedBytes / bytes()));
+    const Scratch packed(some * bytes());
+    for (int64_t first = 0; first < units_; first += some) {
+      run(first, std::min(some, units_ - first), packed.get<char>());
+    }
+  }
+
+  // Packs units from `first` on; source(unit, index) is the call that has block number `index` of
+  // the unit, and which block of its keys that is.
+  template <typename Source>
+  void pack(int64_t first, int64_t units, char* packed, const Source& source) const {
+    if (packed == nullptr) return;
+    const auto kernel = RLIR_CPU_KERNEL_AMX(pack_keys);
+    for_tasks(units * blocks_, 0, [&](int64_t task, void*) {
+      const auto [a, block] = source(first + task / blocks_, task % blocks_);
+      if (block * cpu::kKeyBlock >= a.keys.count[0] + a.keys.count[1]) return;
+      kernel(a, block, block + 1, packed + task * block_);
+    });
+  }
+
+ private:
+  static constexpr int64_t kPanelsThatPack = 8, kPackedBytes = int64_t{32} << 20;
+  int64_t units_, panels_, blocks_, block_;
+  bool packs_;
+};
 
 }  // namespace rlir

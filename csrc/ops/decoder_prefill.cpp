@@ -52,22 +52,25 @@ void prefill_prompt(const Policy& p, const DecoderCaches& caches, const Attentio
     const int64_t seen = in.slots[first + count - 1] + 1;
     const int64_t panel = RLIR_CPU_KERNEL_AMX(attention_sizes)(m.bfloat16, m.head_dim).panel;
     const int64_t panels = (count * group + panel - 1) / panel;
+    const int64_t together = panels_together(panels, m.kv_heads, team.threads());
+    const int64_t parts = (panels + together - 1) / together;
     run_layers(p, w, count, team, [&](int64_t layer) {
       team.each(count, 2, [&](int64_t begin, int64_t end, char* scratch) {
         RLIR_CPU_KERNEL_AMX(decoder_append_rows)
         (m, layer, caches.prompts, sequence, in.positions + first, in.slots + first, w.qkv(), begin,
          end, w.raw(), scratch);
       });
-      team.each(m.kv_heads * panels, m.kv_heads * panels,
+      team.each(m.kv_heads * parts, m.kv_heads * parts,
                 [&](int64_t begin, int64_t end, char* scratch) {
                   for (int64_t i = begin; i < end; ++i) {
-                    const int64_t head = i / panels;
+                    const int64_t head = i / parts, from = i % parts * together;
                     cpu::VideoAttention call =
                         raw_call(m, mask, w.raw(), 0, 1, count, head, reach.data());
                     call.keys = prompt_keys(m, caches.prompts, layer, sequence, head, seen);
                     call.out = out.get<char>() + head * group * m.head_dim * bytes;
                     call.out_stride = call.queries.stride;
-                    RLIR_CPU_KERNEL_AMX(attend)(call, i % panels, scratch);
+                    RLIR_CPU_KERNEL_AMX(attend)
+                    (call, from, std::min(together, panels - from), scratch);
                   }
                 });
       team.each(count, 2, [&](int64_t begin, int64_t end, char* scratch) {

@@ -49,6 +49,8 @@ class Team {
         bytes_(round_up(scratch_bytes, 64)),
         scratch_(threads_ * bytes_) {}
 
+  int64_t threads() const { return threads_; }
+
   // Calls run(begin, end, scratch) until all tasks are done, about `shares` of them a thread.
   template <typename Run>
   void each(int64_t tasks, int64_t shares, const Run& run) const {
@@ -219,19 +221,20 @@ inline void run_step(const Policy& p, const DecoderCaches& caches, const Attenti
   bool shares = false;
   for (const GroupRun& run : step.runs) shares = shares || run.blocks > 0;
   const int64_t panel = RLIR_CPU_KERNEL_AMX(attention_sizes)(m.bfloat16, m.head_dim).panel;
-  // Tasks of the pass over whole blocks: (run, key head, panel).
+  // Tasks of the pass over whole blocks: panels of a (run, key head).
   struct PanelTask {
-    int64_t run, head, panel;
+    int64_t run, head, first, count;
   };
   std::vector<PanelTask> panels;
   std::vector<int64_t> run_of(step.members.size());
   for (size_t r = 0; r < step.runs.size(); ++r) {
     const GroupRun& run = step.runs[r];
     for (int64_t i = 0; i < run.members; ++i) run_of[run.member + i] = static_cast<int64_t>(r);
-    const int64_t lanes = run.members * run.tokens * group;
+    const int64_t all = (run.members * run.tokens * group + panel - 1) / panel;
+    const int64_t together = panels_together(all, m.kv_heads, team.threads());
     for (int64_t head = 0; run.blocks > 0 && head < m.kv_heads; ++head) {
-      for (int64_t i = 0; i * panel < lanes; ++i) {
-        panels.push_back({static_cast<int64_t>(r), head, i});
+      for (int64_t i = 0; i < all; i += together) {
+        panels.push_back({static_cast<int64_t>(r), head, i, std::min(together, all - i)});
       }
     }
   }
@@ -259,7 +262,7 @@ inline void run_step(const Policy& p, const DecoderCaches& caches, const Attenti
         call.keys =
             prompt_keys(m, caches.prompts, layer, run.prompt, head, run.blocks * cpu::kKeyBlock);
         RLIR_CPU_KERNEL_AMX(decode_prefix)
-        (call, panels[i].panel, run.blocks, state_of(run, head, 0), scratch);
+        (call, panels[i].first, panels[i].count, run.blocks, state_of(run, head, 0), scratch);
       }
     });
     team.each(members * m.kv_heads, 4, [&](int64_t begin, int64_t end, char* scratch) {

@@ -112,14 +112,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_attention_cpu(
   const auto panels_of = [&](int64_t tokens) {
     return (tokens * s.group() + sizes.panel - 1) / sizes.panel;
   };
-  const int64_t first = panels_of(g.prefix), later = panels_of(s.queries);
-  const int64_t a_head = first + g.size * later;  // panels
+  const int64_t panels[2] = {panels_of(g.prefix), panels_of(s.queries)};
+  // Of a unit: the prefix's blocks, then each member's, from the one on in which the prefix ends.
+  const int64_t shared = blocks_of(g.prefix), border = g.prefix / cpu::kKeyBlock,
+                own = blocks_of(g.prefix + s.queries) - border;
+  const Packing packing(g.groups * s.kv_heads, s.queries > 0 ? panels[1] : panels[0],
+                        shared + g.size * own, sizes);
+  const auto unit_call = [&](int64_t unit, int64_t part) {
+    return call_of(g, unit / s.kv_heads, part, unit % s.kv_heads, out, lse);
+  };
   const auto kernel = RLIR_CPU_KERNEL_AMX(attend);
-  for_tasks(g.groups * s.kv_heads * a_head, sizes.scratch, [&](int64_t task, void* scratch) {
-    const int64_t unit = task / a_head, panel = a_head - 1 - task % a_head;
-    const int64_t part = panel < first ? 0 : 1 + (panel - first) / later;
-    kernel(call_of(g, unit / s.kv_heads, part, unit % s.kv_heads, out, lse),
-           part == 0 ? panel : (panel - first) % later, scratch);
+  packing.each([&](int64_t begin, int64_t units, char* packed) {
+    packing.pack(begin, units, packed, [&](int64_t unit, int64_t index) {
+      if (index < shared) return std::pair(unit_call(unit, 0), index);
+      index -= shared;
+      return std::pair(unit_call(unit, 1 + index / own), border + index % own);
+    });
+    const int64_t together = packing.together(units);
+    const auto tasks_of = [&](int kind) { return (panels[kind] + together - 1) / together; };
+    const int64_t later = tasks_of(1), a_unit = tasks_of(0) + g.size * later;
+    for_tasks(units * a_unit, sizes.scratch, [&](int64_t task, void* scratch) {
+      const int64_t unit = task / a_unit, index = a_unit - 1 - task % a_unit;
+      const int64_t beyond = index - tasks_of(0), part = beyond < 0 ? 0 : 1 + beyond / later;
+      cpu::VideoAttention a = unit_call(begin + unit, part);
+      if (packed != nullptr) {
+        const char* first = packed + unit * packing.bytes();
+        const char* second = first + (shared + (part - 1) * own) * sizes.packed;
+        a.packed = part == 0 ? cpu::PackedKeys{{first, nullptr}, INT64_MAX}
+                             : cpu::PackedKeys{{first, second}, border};
+      }
+      const int64_t panel = (beyond < 0 ? index : beyond % later) * together;
+      kernel(a, panel, std::min(together, panels[part > 0] - panel), scratch);
+    });
   });
   return {out[0], lse[0], out[1], lse[1]};
 }

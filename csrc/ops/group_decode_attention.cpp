@@ -70,25 +70,35 @@ Tensor group_decode_attention_cpu(const Tensor& q_in, const Tensor& prefix_k_in,
            (((group * s.kv_heads + head) * group_size + member) * lanes) * state_size;
   };
   const int64_t panels = panels_of(lanes), group_panels = panels_of(group_size * lanes);
+  // Calls run(unit, first panel, panels, scratch).
+  const auto each = [&](int64_t units, int64_t count, const auto& run) {
+    const int64_t together = panels_together(count, units, all_threads());
+    const int64_t parts = (count + together - 1) / together;
+    for_tasks(units * parts, sizes.scratch, [&](int64_t task, void* scratch) {
+      const int64_t first = task % parts * together;
+      run(task / parts, first, std::min(together, count - first), scratch);
+    });
+  };
   if (group_size > 1) {
     const auto kernel = RLIR_CPU_KERNEL_AMX(decode_prefix);
-    for_tasks(groups * s.kv_heads * group_panels, sizes.scratch, [&](int64_t task, void* scratch) {
-      const int64_t unit = task / group_panels, group = unit / s.kv_heads, head = unit % s.kv_heads;
-      const int64_t blocks = shared_blocks(group);
-      if (blocks == 0) return;
-      kernel(call_of(group, group * group_size, group_size, head), task % group_panels, blocks,
-             state_of(group, head, 0), scratch);
-    });
+    each(groups * s.kv_heads, group_panels,
+         [&](int64_t unit, int64_t first, int64_t count, void* scratch) {
+           const int64_t group = unit / s.kv_heads, head = unit % s.kv_heads;
+           const int64_t blocks = shared_blocks(group);
+           if (blocks == 0) return;
+           kernel(call_of(group, group * group_size, group_size, head), first, count, blocks,
+                  state_of(group, head, 0), scratch);
+         });
   }
   const auto kernel = RLIR_CPU_KERNEL_AMX(decode_suffix);
-  for_tasks(s.batch * s.kv_heads * panels, sizes.scratch, [&](int64_t task, void* scratch) {
-    const int64_t unit = task / panels, row = unit / s.kv_heads, head = unit % s.kv_heads;
-    const int64_t group = row / group_size;
-    cpu::VideoAttention a = call_of(group, row, 1, head);
-    a.keys = two_segments(a.keys, one_segment(sk, sv, row, head, suffix[row]));
-    kernel(a, task % panels, shared_blocks(group),
-           group_size > 1 ? state_of(group, head, row % group_size) : nullptr, scratch);
-  });
+  each(s.batch * s.kv_heads, panels,
+       [&](int64_t unit, int64_t first, int64_t count, void* scratch) {
+         const int64_t row = unit / s.kv_heads, head = unit % s.kv_heads, group = row / group_size;
+         cpu::VideoAttention a = call_of(group, row, 1, head);
+         a.keys = two_segments(a.keys, one_segment(sk, sv, row, head, suffix[row]));
+         kernel(a, first, count, shared_blocks(group),
+                group_size > 1 ? state_of(group, head, row % group_size) : nullptr, scratch);
+       });
   return out;
 }
 

@@ -38,11 +38,8 @@ std::tuple<Tensor, Tensor> video_attention_cpu(const Tensor& q_in, const Tensor&
       s.queries);
   const cpu::AttentionSizes sizes = RLIR_CPU_KERNEL_AMX(attention_sizes)(s.bfloat16, s.dim);
   const int64_t panels = (s.queries * s.group() + sizes.panel - 1) / sizes.panel;
-  const auto kernel = RLIR_CPU_KERNEL_AMX(attend);
-  // The last panels see most: they go first.
-  for_tasks(s.batch * s.kv_heads * panels, sizes.scratch, [&](int64_t task, void* scratch) {
-    const int64_t rest = task % (s.batch * s.kv_heads), head = rest % s.kv_heads,
-                  b = rest / s.kv_heads;
+  const auto call_of = [&](int64_t unit) {
+    const int64_t b = unit / s.kv_heads, head = unit % s.kv_heads;
     cpu::VideoAttention a{};
     a.bfloat16 = s.bfloat16;
     a.dim = s.dim;
@@ -55,7 +52,21 @@ std::tuple<Tensor, Tensor> video_attention_cpu(const Tensor& q_in, const Tensor&
     a.out_stride = {0, out.stride(1), out.stride(2)};
     a.lse = lse.mutable_data_ptr<float>() + b * lse.stride(0) + head * s.group();
     a.lse_stride = {0, lse.stride(1), 1};
-    kernel(a, panels - 1 - task / (s.batch * s.kv_heads), scratch);
+    return a;
+  };
+  const auto kernel = RLIR_CPU_KERNEL_AMX(attend);
+  const Packing packing(s.batch * s.kv_heads, panels, blocks_of(s.keys), sizes);
+  packing.each([&](int64_t first, int64_t units, char* packed) {
+    packing.pack(first, units, packed,
+                 [&](int64_t unit, int64_t index) { return std::pair(call_of(unit), index); });
+    const int64_t together = packing.together(units), parts = (panels + together - 1) / together;
+    for_tasks(units * parts, sizes.scratch, [&](int64_t task, void* scratch) {
+      const int64_t unit = task / parts;
+      cpu::VideoAttention a = call_of(first + unit);
+      if (packed != nullptr) a.packed = {{packed + unit * packing.bytes(), nullptr}, INT64_MAX};
+      const int64_t panel = (parts - 1 - task % parts) * together;  // the last ones see most
+      kernel(a, panel, std::min(together, panels - panel), scratch);
+    });
   });
   return {out, lse};
 }

@@ -16,6 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "sanitize"
 TESTS = ["tests/ops", "tests/invariants", "tests/rollout"]
+# As in the Makefile: a worker that a finding ends fails what it ran, and its report is printed.
+WORKERS = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
 
 
 def built() -> Path:
@@ -52,8 +54,9 @@ def main() -> None:
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "RLIR_OPS_LIBRARY": str(library),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }
-    arguments = sys.argv[1:] or TESTS
+    arguments = sys.argv[1:] or [*WORKERS, *TESTS]
     command = [sys.executable, "-m", "pytest", "-q", *arguments]
     sys.exit(subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode)
 

@@ -1,12 +1,14 @@
 // What the kernels of the attention ops are made of: panels of queries, blocks of keys. Formulas,
 // order and bits: cpu/video_attention.h. Formats are those of cpu/words.h. One file, and a long
-// one: it is a panel's way from queries to results. By AMX: cpu/attention_tiles.h beside it.
+// one: it is a panel's way from queries to results. Beside it: cpu/attention_seen.h (masks),
+// attention_lanes.h (rows to lanes and back), attention_tiles.h (AMX).
 //
 // Internal linkage: compiled once per instruction set.
 #pragma once
 
 #include "core/exp2.h"
 #include "cpu/attention_lanes.h"
+#include "cpu/attention_seen.h"
 #include "cpu/softmax.h"
 #include "cpu/video_attention.h"
 #include "cpu/words.h"
@@ -22,9 +24,6 @@ constexpr int64_t kBlockRows = kKeyBlock + kRowPad;  // of a panel's scores, as 
 constexpr float kLn2 = 0x1.62e430p-1f;
 
 inline int64_t padded_dim(int64_t dim) { return round_up(dim, 16) + kRowPad; }
-inline int32_t clamped(int64_t x) {
-  return static_cast<int32_t>(x < 0 ? 0 : x > INT32_MAX ? INT32_MAX : x);
-}
 
 // Element `at` of a tensor of the call's dtype.
 inline const void* element(bool bfloat16, const void* x, int64_t at) {
@@ -97,6 +96,19 @@ inline void pair_rows(typename F::Word* out, int64_t stride, const void* x0, con
     const auto *a = static_cast<const uint16_t*>(x0), *b = static_cast<const uint16_t*>(x1);
     int64_t i = 0;
 #if defined(__AVX512BF16__)
+    if (a != nullptr && b != nullptr) {
+      const __m512i lower = (__m512i)(kLaneNumbers | (kLaneNumbers + 32) << 16);
+      const __m512i upper = (__m512i)((kLaneNumbers + 16) | (kLaneNumbers + 48) << 16);
+      for (; i + 32 <= n; i += 32) {
+        __m512i even, odd;
+        __builtin_memcpy(&even, a + i, sizeof even);
+        __builtin_memcpy(&odd, b + i, sizeof odd);
+        store_vector(reinterpret_cast<float*>(out + i),
+                     (Vf)_mm512_permutex2var_epi16(even, lower, odd));
+        store_vector(reinterpret_cast<float*>(out + i + 16),
+                     (Vf)_mm512_permutex2var_epi16(even, upper, odd));
+      }
+    }
     for (; i + 16 <= n; i += 16) {
       __m256i low = {}, high = {};
       if (a != nullptr) __builtin_memcpy(&low, a + i, sizeof low);
@@ -211,131 +223,6 @@ inline void add_columns(float* sums, const typename F::Word* column, const typen
   }
 }
 
-// --- What a panel sees ---------------------------------------------------------------------------
-
-struct PanelReach {
-  int32_t low[kPanel], high[kPanel], own[kPanel], tau[kPanel];
-  int64_t least_low, most_low, least_high, most_high, least_own;
-
-  void set(int lane, const Reach& r) {
-    low[lane] = clamped(r.low);
-    high[lane] = clamped(r.high);
-    own[lane] = clamped(r.own);
-    tau[lane] = r.tau;
-  }
-  Reach of(int lane) const { return {low[lane], high[lane], own[lane], tau[lane]}; }
-
-  // Extremes of the lanes that see something; the lanes beyond are as the last one.
-  void finish(int lanes) {
-    for (int i = lanes; i < kPanel; ++i) {
-      low[i] = low[lanes - 1];
-      high[i] = high[lanes - 1];
-      own[i] = own[lanes - 1];
-      tau[i] = tau[lanes - 1];
-    }
-    least_low = least_own = INT32_MAX;
-    most_low = most_high = 0;
-    least_high = INT32_MAX;
-    for (int i = 0; i < lanes; ++i) {
-      if (low[i] >= high[i]) {
-        least_high = 0;  // then no block is seen by all
-        continue;
-      }
-      least_low = low[i] < least_low ? low[i] : least_low;
-      most_low = low[i] > most_low ? low[i] : most_low;
-      least_high = high[i] < least_high ? high[i] : least_high;
-      most_high = high[i] > most_high ? high[i] : most_high;
-      least_own = own[i] < least_own ? own[i] : least_own;
-    }
-  }
-
-  int64_t first_block() const { return least_low / kKeyBlock; }
-  int64_t last_block() const { return (most_high + kKeyBlock - 1) / kKeyBlock; }  // exclusive
-  bool seen_by_all(int64_t start, int64_t end) const {  // but for stand-ins
-    return start >= most_low && end <= least_high && end <= least_own;
-  }
-};
-
-inline bool any_lane(Vi x) {
-#if defined(__AVX512F__)
-  return _mm512_test_epi32_mask((__m512i)x, (__m512i)x) != 0;
-#else
-  int32_t any = 0;
-  for (int i = 0; i < kWidth; ++i) any |= x[i];
-  return any != 0;
-#endif
-}
-
-inline Vi load_ints(const int32_t* x) {
-  Vi v;
-  __builtin_memcpy(&v, x, sizeof v);
-  return v;
-}
-
-inline Vi seen_lanes(const PanelReach& r, int i, int32_t slot, int32_t tau) {
-  const Vi k = Vi{} + slot;
-  const Vi inside = (load_ints(r.low + i) <= k) & (k < load_ints(r.high + i));
-  return inside & ((k < load_ints(r.own + i)) | (load_ints(r.tau + i) >= Vi{} + tau));
-}
-
-// scores [count][kPanel] of slots `start` on: -infinity where not seen. seen[k]: by any lane.
-template <bool kRefreshed>
-inline void mask_slots(const AttentionMask& mask, const PanelReach& r, int64_t start, int64_t count,
-                       int used, float* scores, bool* seen) {
-  for (int64_t k = 0; k < count; ++k) {
-    const int64_t slot = start + k;
-    const int32_t tau = slot < r.least_own ? 0
-                        : kRefreshed       ? steps_of(mask, slot).first
-                                           : tau_of(mask, slot);
-    Vi any = {};
-    for (int i = 0; i < used * kWidth; i += kWidth) {
-      const Vi inside = seen_lanes(r, i, static_cast<int32_t>(slot), tau);
-      any |= inside;
-      float* at = scores + k * kPanel + i;
-      store_vector(at, select(inside, load_vector(at), splat(minus_infinity())));
-    }
-    seen[k] = any_lane(any);
-  }
-}
-
-// One row of scores, of a stand-in's slot, which mask_slots may have masked. Returns whether any
-// lane sees it.
-inline bool mask_stand_in(const AttentionMask& mask, const PanelReach& r, int64_t slot, int used,
-                          float* scores) {
-  const Steps steps = steps_of(mask, slot);
-  Vi any = {};
-  for (int i = 0; i < used * kWidth; i += kWidth) {
-    const Vi own = load_ints(r.own + i) <= Vi{} + static_cast<int32_t>(slot);
-    const Vi inside = seen_lanes(r, i, static_cast<int32_t>(slot), steps.first) & own &
-                      (load_ints(r.tau + i) < Vi{} + steps.end);
-    any |= inside;
-    store_vector(scores + i, select(inside, load_vector(scores + i), splat(minus_infinity())));
-  }
-  return any_lane(any);
-}
-
-// Masks the scores of a block. Returns false if all lanes see all of it: then nothing was done.
-inline bool mask_scores(const AttentionMask& mask, const PanelReach& r, int64_t start,
-                        int64_t count, int used, float* scores, bool* seen) {
-  const bool all = r.seen_by_all(start, start + count);
-  if (mask.kind != MaskKind::kRefreshed) {
-    if (!all) mask_slots<false>(mask, r, start, count, used, scores, seen);
-    return !all;
-  }
-  int64_t stand_in = next_stand_in(mask, start);
-  if (all && stand_in >= start + count) return false;
-  if (all) {
-    for (int64_t k = 0; k < count; ++k) seen[k] = true;
-  } else {
-    mask_slots<true>(mask, r, start, count, used, scores, seen);
-  }
-  for (; stand_in < start + count; stand_in = next_stand_in(mask, stand_in + 1)) {
-    const int64_t k = stand_in - start;
-    seen[k] = mask_stand_in(mask, r, stand_in, used, scores + k * kPanel);
-  }
-  return true;
-}
-
 // --- A panel of queries --------------------------------------------------------------------------
 
 template <typename F>
@@ -429,8 +316,8 @@ inline void load_queries(Panel<F>& p, const VideoAttention& a, int64_t first) {
 
 template <typename F>
 inline void clear_state(Panel<F>& p, int64_t dim) {
-  for (int64_t i = 0; i < padded_dim(dim) * kPanel; i += kWidth) {
-    store_vector(p.sums + i, Vf{});
+  for (int64_t d = 0; d < padded_dim(dim); ++d) {
+    for (int i = 0; i < p.used * kWidth; i += kWidth) store_vector(p.sums + d * kPanel + i, Vf{});
   }
   for (int i = 0; i < kPanel; i += kWidth) {
     store_vector(p.maximum + i, splat(minus_infinity()));
@@ -438,18 +325,35 @@ inline void clear_state(Panel<F>& p, int64_t dim) {
   }
 }
 
-// Values (or keys) of a block as words along the slots: [pairs][dim padded], or what pair_columns
-// makes of them. Rows that are not `seen` are zeros. Returns whether what is left is finite, if
-// `seen` says that some are not.
+// Values (or keys) of a block as words along the slots: [pairs][dim padded]. Rows that are null are
+// zeros. Returns whether all is finite, if it `checks`.
+template <typename F, typename RowOf>
+inline bool pack_pairs(const RowOf& row_of, int64_t count, int64_t dim, bool checks,
+                       typename F::Word* out) {
+  constexpr int64_t kPer = F::kPerWord;
+  const int64_t stride = round_up(dim, 16);
+  Vi special = {};
+  for (int64_t k = 0; k < count; k += 2) {
+    typename F::Word* to = out + k / kPer * stride;
+    pair_rows<F>(to, stride, row_of(k), row_of(k + 1), dim);
+    if (!checks) continue;
+    for (int64_t i = 0; i < 2 / kPer * stride; i += kWidth) {
+      const Vu bits = (Vu)load_vector(reinterpret_cast<const float*>(to + i));
+      special |= (Vi)((bits & 0x7f800000u) == 0x7f800000u);
+      if (kPer == 2) special |= (Vi)((bits & 0x7f80u) == 0x7f80u);
+    }
+  }
+  return !any_lane(special);
+}
+
+// The same, or what pair_columns makes of it; rows that are not `seen` are left out. Returns
+// whether what is left is finite, if `seen` says that some are not.
 template <typename F>
 inline bool pack_rows_of(const VideoAttention& a, bool values, int64_t start, int64_t count,
                          const bool* seen, typename F::Word* out) {
-  constexpr bool kBFloat16 = Panel<F>::kBFloat16;
-  constexpr int64_t kPer = F::kPerWord;
-  const int64_t stride = round_up(a.dim, 16);
   const auto row_of = [&](int64_t k) -> const void* {
     const bool there = k < count && (seen == nullptr || seen[k]);
-    return there ? slot_row(kBFloat16, a.keys, values, start + k) : nullptr;
+    return there ? slot_row(Panel<F>::kBFloat16, a.keys, values, start + k) : nullptr;
   };
 #if defined(__AMX_BF16__)
   if constexpr (kTiled<F>) {
@@ -458,28 +362,17 @@ inline bool pack_rows_of(const VideoAttention& a, bool values, int64_t start, in
     return pair_columns(rows, count, a.dim, seen != nullptr, out);
   }
 #endif
-  uint32_t special = 0;
-  for (int64_t k = 0; k < count; k += 2) {
-    const void* const row[2] = {row_of(k), row_of(k + 1)};
-    typename F::Word* to = out + k / kPer * stride;
-    pair_rows<F>(to, stride, row[0], row[1], a.dim);
-    if (seen == nullptr) continue;
-    for (int64_t i = 0; i < 2 / kPer * stride; ++i) {
-      const uint32_t bits = __builtin_bit_cast(uint32_t, to[i]);
-      special |= (bits & 0x7f800000u) == 0x7f800000u;
-      if (kPer == 2) special |= (bits & 0x7f80u) == 0x7f80u;
-    }
-  }
-  return special == 0;
+  return pack_pairs<F>(row_of, count, a.dim, seen != nullptr, out);
 }
 
-// Weights of a block in place of the scores; sums are rescaled to the new maximum.
+// Weights of a block in place of the scores. Returns whether a maximum has grown: then sums must be
+// multiplied by `factors`, one a lane.
 template <typename F>
-inline void softmax_block(Panel<F>& p, int64_t count, int64_t dim, float scale) {
+__attribute__((noinline)) bool weigh_block(Panel<F>& p, int64_t count, float scale,
+                                           float* factors) {
   using Word = typename F::Word;
   constexpr int kDegree = Panel<F>::kBFloat16 ? 4 : 6;
   bool grows = false;
-  alignas(64) float factors[kPanel];
   for (int lane = 0; lane < p.used * kWidth; lane += kWidth) {
     float* column = p.scores + lane;
     Vf maxima[4];
@@ -530,7 +423,13 @@ inline void softmax_block(Panel<F>& p, int64_t count, int64_t dim, float scale) 
     fold_lanes(sums);
     store_vector(p.l + lane, fma(load_vector(p.l + lane), factor, sums[0]));
   }
-  if (!grows) return;
+  return grows;
+}
+
+template <typename F>
+inline void softmax_block(Panel<F>& p, int64_t count, int64_t dim, float scale) {
+  alignas(64) float factors[kPanel];
+  if (!weigh_block<F>(p, count, scale, factors)) return;
   for (int64_t d = 0; d < dim; ++d) {
     for (int lane = 0; lane < p.used * kWidth; lane += kWidth) {
       float* at = p.sums + d * kPanel + lane;
@@ -623,6 +522,73 @@ struct SharedBlock {
   }
 };
 
+#if defined(__AMX_BF16__)
+// Sums [dim][kPanel] of the first kTile lanes as rows [kTile][dim padded], or back.
+inline void turn_sums(float* sums, float* rows, int64_t dim, bool to_rows) {
+  const int64_t stride = round_up(dim, kTile);
+  for (int64_t d = 0; d < dim; d += kTile) {
+    Vf square[kTile];
+    for (int i = 0; i < kTile; ++i) {
+      square[i] = load_vector(to_rows ? sums + (d + i) * kPanel : rows + i * stride + d);
+    }
+    transpose(square);
+    for (int i = 0; i < kTile; ++i) {
+      store_vector(to_rows ? rows + i * stride + d : sums + (d + i) * kPanel, square[i]);
+    }
+  }
+}
+
+// attend_blocks of one panel of a single vector of lanes, as in decoding. Values are read once: it
+// is the weights that are turned, and values lie by pairs. A tdpbf16ps does not tell its operands
+// apart, so that the bits are the same.
+template <typename F>
+inline void attend_few(Panel<F>& p, const VideoAttention& a, int64_t begin, int64_t end) {
+  constexpr int64_t kWords = kKeyBlock / 2;
+  const int64_t words = words_for<F>(a.dim), stride = round_up(a.dim, kTile);
+  alignas(64) float sums[kTile * 256];
+  alignas(64) uint32_t weights[kTile * kWords];
+  turn_sums(p.sums, sums, a.dim, true);
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t start = block * kKeyBlock;
+    const int64_t count = at_most(p.reach.most_high - start, kKeyBlock);
+    const Rows<F> keys = block_rows<F>(a.keys, false, start, count, a.dim, false, p.copy);
+    panel_product<F>(p.scores, keys.first, keys.stride, count, p.q, words, p.lanes, false);
+    bool seen[kKeyBlock];
+    const bool all = !mask_scores(a.mask, p.reach, start, count, p.used, p.scores, seen);
+    alignas(64) float factors[kPanel];
+    if (weigh_block<F>(p, count, a.scale, factors)) {
+      for (int64_t i = 0; i < p.lanes * stride; i += kWidth) {
+        store_vector(sums + i, load_vector(sums + i) * splat(factors[i / stride]));
+      }
+    }
+    const auto row_of = [&](int64_t k) -> const void* {
+      return k < count && (all || seen[k]) ? slot_row(true, a.keys, true, start + k) : nullptr;
+    };
+    if (!pack_pairs<F>(row_of, count, a.dim, !all, p.values)) {
+      turn_sums(p.sums, sums, a.dim, false);
+      add_values_apart<F>(p, a, start, count);
+      turn_sums(p.sums, sums, a.dim, true);
+      continue;
+    }
+    const int64_t steps = words_of<F>(count, true);
+    for (int64_t w = 0; w < steps; w += kTile) {
+      Vf square[kTile];
+      for (int i = 0; i < kTile; ++i) square[i] = load_vector(p.scores + (w + i) * kPanel);
+      transpose(square);
+      for (int i = 0; i < kTile; ++i) {
+        store_vector(reinterpret_cast<float*>(weights + i * kWords + w), square[i]);
+      }
+    }
+    memory_is_written();
+    for (int64_t d = 0; d < stride; d += 3 * kTile) {
+      tile_product(sums + d, {stride, stride}, weights, kWords, p.lanes, p.values + d, steps,
+                   static_cast<int>(at_most(3 * kTile, stride - d)), true, {});
+    }
+  }
+  turn_sums(p.sums, sums, a.dim, false);
+}
+#endif
+
 // Blocks [first, last) of those that the panels see, one after the other.
 template <typename F>
 inline void attend_blocks(Panel<F>* panels, int panel_count, const VideoAttention& a, int64_t first,
@@ -636,6 +602,13 @@ inline void attend_blocks(Panel<F>* panels, int panel_count, const VideoAttentio
   }
   begin = first > begin ? first : begin;
   end = at_most(last, end);
+#if defined(__AMX_BF16__)
+  if constexpr (kTiled<F>) {
+    if (panel_count == 1 && panels[0].used == 1 && a.packed.part[0] == nullptr) {
+      return attend_few<F>(panels[0], a, begin, end);
+    }
+  }
+#endif
   const int64_t words = words_for<F>(a.dim), stride = round_up(a.dim, 16);
   for (int64_t block = begin; block < end; ++block) {
     const int64_t start = block * kKeyBlock;

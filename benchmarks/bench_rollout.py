@@ -1,9 +1,12 @@
 """Group rollouts: the engine against language-model servers and plain PyTorch.
 
     python benchmarks/bench_rollout.py [ROW ...] [--rounds 3] [--vllm PYTHON] [--preload LIB ...]
+                                       [--first PYTHON]
 
 Rows (all by default): `mineworld` (one prompt of 8 frames of MineWorld-300M, 16 rollouts of a
-frame), `many` (16 such prompts within 12 GiB), `doom` (the embedded model). Peers: transformers'
+frame), `many` (16 such prompts within 12 GiB), `doom` (the embedded model), `step` (a whole step of
+post-training, beside another version of the package, whose Python is --first: that of commit
+12b4933, made by `make` in a checkout of it, is the first version). Peers: transformers'
 generate; vLLM in an environment of its own, made by benchmarks/peers/make_vllm_environment.py and
 left out without --vllm; benchmarks/peers/plain_loop.py. Weights of MineWorld's shape are random.
 
@@ -75,9 +78,9 @@ def least(
     return cost.seconds_of(passes, *rates)
 
 
-def peer(python: str, script: str, checkpoint: Path, *options: object) -> dict[str, Any]:
+def peer(python: str, script: str, *options: object) -> dict[str, Any]:
     """A peer's own process; its line of JSON."""
-    command = [python, PEERS / script, checkpoint, *options]
+    command = [python, PEERS / script, *options]
     done = subprocess.run(
         [str(x) for x in command],
         capture_output=True,
@@ -249,13 +252,38 @@ def doom(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def step(options: argparse.Namespace) -> dict[str, Any]:
+    """A step of post-training, of this version and of another one, process by process in turn."""
+    pythons = {"now": sys.executable}
+    if options.first:
+        pythons = {"first version": options.first, **pythons}
+    seen: dict[str, list[dict[str, float]]] = {name: [] for name in pythons}
+    for _ in range(options.rounds):
+        for name, python in pythons.items():
+            found = peer(python, "train_step.py")
+            seen[name].append(found["seconds"])
+            print(f"  {name}: {found['seconds']['step']:.2f} s", file=sys.stderr)
+    phases = list(seen["now"][0])
+    medians = {
+        name: {x: statistics.median(run[x] for run in runs) for x in phases}
+        for name, runs in seen.items()
+    }
+    rows = [(name, *(f"{x[phase]:.2f}" for phase in phases)) for name, x in medians.items()]
+    if options.first:
+        times = {x: medians["first version"][x] / medians["now"][x] for x in phases}
+        rows.append(("", *(f"{times[x]:.1f}x" for x in phases)))
+    print(table(("a step, 4 prompts x 16, s", *phases), rows))
+    return {"row": "step", "seconds": medians}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("rows", nargs="*", default=["doom", "mineworld", "many"])
+    parser.add_argument("rows", nargs="*", default=["doom", "step", "mineworld", "many"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--vllm", help="the Python of vLLM's environment")
     parser.add_argument("--preload", nargs="*", default=[], help="libraries for vLLM")
+    parser.add_argument("--first", help="the Python of another version of the package, for `step`")
     parser.add_argument("--folder", type=Path, help="for the random checkpoint")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -265,8 +293,8 @@ def main() -> None:
         folder = options.folder or Path(temporary)
         results = []
         for row in options.rows:
-            if row == "doom":
-                results.append(doom(options))
+            if row in ("doom", "step"):
+                results.append((doom if row == "doom" else step)(options))
             else:
                 results.append(mineworld(options, folder, 1 if row == "mineworld" else 16))
     emit("rollout", {"machine": where, "results": results})

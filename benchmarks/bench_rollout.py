@@ -156,7 +156,9 @@ def mineworld(options: argparse.Namespace, folder: Path, prompts: int) -> dict[s
         candidates["engine, sequential, int8"] = ours(small, sequential())
     preload = ("--preload", *options.preload) if options.preload else ()
     if options.vllm:
-        candidates["vLLM"] = theirs(options.vllm, "generate_vllm.py", *preload)
+        # As much as the cache can use: vLLM reserves all of it, beside the engine's process.
+        room = ("--memory-gib", 4 if prompts == 1 else 12)
+        candidates["vLLM"] = theirs(options.vllm, "generate_vllm.py", *room, *preload)
     if prompts == 1:
         candidates["engine, sequential"]()  # the first touches of everything
         medians = turns(candidates, options.rounds)

@@ -475,13 +475,10 @@ struct PackedBlock {
   Word *k, *v, *finite;
 
   PackedBlock(char* at, int64_t dim)
-      : k(reinterpret_cast<Word*>(at)),
-        v(k + round_up(kKeyBlock * words_for<F>(dim), 16)),
-        finite(v + kKeyBlock / F::kPerWord * round_up(dim, 16)) {}
-  static int64_t bytes(int64_t dim) {
-    return reinterpret_cast<char*>(PackedBlock(nullptr, dim).finite) - static_cast<char*>(nullptr) +
-           64;
-  }
+      : k(reinterpret_cast<Word*>(at)), v(k + key_words(dim)), finite(v + value_words(dim)) {}
+  static int64_t key_words(int64_t dim) { return round_up(kKeyBlock * words_for<F>(dim), 16); }
+  static int64_t value_words(int64_t dim) { return kKeyBlock / F::kPerWord * round_up(dim, 16); }
+  static int64_t bytes(int64_t dim) { return 4 * (key_words(dim) + value_words(dim) + 16); }
 };
 
 template <typename F>

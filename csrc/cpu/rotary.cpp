@@ -15,9 +15,9 @@ void rotate_tokens(const Rotary& a, int64_t begin, int64_t end) {
     const int64_t b = n / a.tokens, t = n % a.tokens;
     const int64_t at = b * a.x_batch + t * a.x_token, angle = b * a.table_batch + t * a.dim;
     for (int64_t h = 0; h < a.heads; ++h) {
-      rotate_head<kDtype, kInterleaved, kTransposed>(a.x, at + h * a.x_head, a.cosine + angle,
-                                                     a.sine + angle, a.dim, a.out,
-                                                     (n * a.heads + h) * a.dim);
+      rotate_head<kDtype, kDtype, kInterleaved, kTransposed>(
+          a.x, at + h * a.x_head, a.cosine + angle, a.sine + angle, a.dim, a.out,
+          (n * a.heads + h) * a.dim);
     }
   }
 }

@@ -11,9 +11,20 @@
 namespace rlir::cpu::RLIR_ISA {
 namespace {
 
-template <Dtype kDtype, bool kInterleaved>
+// Bit for bit, or rounded.
+template <Dtype kFrom, Dtype kTo>
+void copy_head(const void* x, int64_t at, int64_t dim, void* to, int64_t to_at) {
+  if constexpr (kFrom == kTo) {
+    constexpr int64_t kBytes = kFrom == Dtype::kFloat32 ? 4 : 2;
+    __builtin_memcpy(static_cast<char*>(to) + to_at * kBytes,
+                     static_cast<const char*>(x) + at * kBytes, static_cast<size_t>(dim * kBytes));
+  } else {
+    store_row(to, kTo, to_at, static_cast<const float*>(x) + at, dim);
+  }
+}
+
+template <Dtype kFrom, Dtype kTo, bool kInterleaved>
 void append_tokens(const RotaryAppend& a, int64_t begin, int64_t end) {
-  constexpr int64_t kBytes = kDtype == Dtype::kFloat32 ? 4 : 2;
   for (int64_t n = begin; n < end; ++n) {
     const int64_t b = n / a.tokens, t = n % a.tokens, slot = a.positions[n];
     const float *c = a.cosine + slot * a.dim, *s = a.sine + slot * a.dim;
@@ -21,30 +32,30 @@ void append_tokens(const RotaryAppend& a, int64_t begin, int64_t end) {
       return b * rows.batch + token * rows.token + head * rows.head;
     };
     for (int64_t h = 0; h < a.heads; ++h) {
-      rotate_head<kDtype, kInterleaved, false>(a.q, at(a.q_at, t, h), c, s, a.dim, a.out,
-                                               (n * a.heads + h) * a.dim);
+      rotate_head<kFrom, kTo, kInterleaved, false>(a.q, at(a.q_at, t, h), c, s, a.dim, a.out,
+                                                   (n * a.heads + h) * a.dim);
     }
     for (int64_t h = 0; h < a.kv_heads; ++h) {
-      rotate_head<kDtype, kInterleaved, false>(a.k, at(a.k_at, t, h), c, s, a.dim, a.cache_k,
-                                               at(a.cache_k_at, slot, h));
-      __builtin_memcpy(static_cast<char*>(a.cache_v) + at(a.cache_v_at, slot, h) * kBytes,
-                       static_cast<const char*>(a.v) + at(a.v_at, t, h) * kBytes,
-                       static_cast<size_t>(a.dim * kBytes));
+      rotate_head<kFrom, kTo, kInterleaved, false>(a.k, at(a.k_at, t, h), c, s, a.dim, a.cache_k,
+                                                   at(a.cache_k_at, slot, h));
+      copy_head<kFrom, kTo>(a.v, at(a.v_at, t, h), a.dim, a.cache_v, at(a.cache_v_at, slot, h));
     }
   }
 }
 
-template <Dtype kDtype>
+template <Dtype kFrom, Dtype kTo>
 void append_dtype(const RotaryAppend& a, int64_t begin, int64_t end) {
-  a.interleaved ? append_tokens<kDtype, true>(a, begin, end)
-                : append_tokens<kDtype, false>(a, begin, end);
+  a.interleaved ? append_tokens<kFrom, kTo, true>(a, begin, end)
+                : append_tokens<kFrom, kTo, false>(a, begin, end);
 }
 
 }  // namespace
 
 void rotary_append(const RotaryAppend& a, int64_t begin, int64_t end) {
-  a.dtype == Dtype::kFloat32 ? append_dtype<Dtype::kFloat32>(a, begin, end)
-                             : append_dtype<Dtype::kBFloat16>(a, begin, end);
+  constexpr Dtype kFloat = Dtype::kFloat32, kBFloat = Dtype::kBFloat16;
+  if (a.dtype == kBFloat) return append_dtype<kBFloat, kBFloat>(a, begin, end);
+  a.to == kFloat ? append_dtype<kFloat, kFloat>(a, begin, end)
+                 : append_dtype<kFloat, kBFloat>(a, begin, end);
 }
 
 }  // namespace rlir::cpu::RLIR_ISA

@@ -3,8 +3,9 @@
 //
 //   q'[n] = rotate(q[n], p)    cache_k[b, p] = rotate(k[n], p)    cache_v[b, p] = v[n]
 //
-// for token n of batch row b at position p = positions[n]. All are float32 or bfloat16 alike and
-// contiguous in D.
+// for token n of batch row b at position p = positions[n]. q, k and v are float32 or bfloat16
+// alike; q' and the caches are too, or bfloat16 where q is float32: rounded once then, after the
+// rotation. All are contiguous in D.
 #pragma once
 
 #include <stdint.h>
@@ -20,7 +21,7 @@ struct RotaryRows {
 struct RotaryAppend {
   const void *q, *k, *v;  // [B, T, heads or kv_heads, D]
   RotaryRows q_at, k_at, v_at;
-  Dtype dtype;
+  Dtype dtype, to;             // of q, k and v; of q' and the caches
   const float *cosine, *sine;  // [P, D] contiguous
   const int64_t* positions;    // [B T], each below P and the capacity, different within a row
   void* out;                   // [B, T, heads, D] contiguous

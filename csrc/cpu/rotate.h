@@ -33,42 +33,42 @@ inline void store_value(void* out, int64_t at, float value) {
 }
 
 // Elements i and j of a head are a pair.
-template <Dtype kDtype, bool kTransposed>
+template <Dtype kFrom, Dtype kTo, bool kTransposed>
 inline void rotate_pair(const void* x, int64_t at, const float* c, const float* s, int64_t i,
                         int64_t j, void* out, int64_t out_at) {
-  const float first = value_of(x, kDtype, at + i), second = value_of(x, kDtype, at + j);
+  const float first = value_of(x, kFrom, at + i), second = value_of(x, kFrom, at + j);
   const float upper = second * (kTransposed ? s[j] : -s[i]);
   const float lower = first * (kTransposed ? -s[i] : s[j]);
-  store_value<kDtype>(out, out_at + i, first * c[i] + upper);
-  store_value<kDtype>(out, out_at + j, second * c[j] + lower);
+  store_value<kTo>(out, out_at + i, first * c[i] + upper);
+  store_value<kTo>(out, out_at + j, second * c[j] + lower);
 }
 
-template <Dtype kDtype, bool kInterleaved, bool kTransposed>
+template <Dtype kFrom, Dtype kTo, bool kInterleaved, bool kTransposed>
 inline void rotate_head(const void* x, int64_t at, const float* c, const float* s, int64_t dim,
                         void* out, int64_t out_at) {
   if constexpr (kInterleaved) {
     int64_t i = 0;
     for (; i + kWidth <= dim; i += kWidth) {
-      const Vf value = load_values(x, kDtype, at + i), sine = load_vector(s + i);
+      const Vf value = load_values(x, kFrom, at + i), sine = load_vector(s + i);
       const Vf turn = kTransposed ? negate_odd(exchange(sine)) : negate_even(sine);
-      store_values(out, kDtype, out_at + i, value * load_vector(c + i) + exchange(value) * turn);
+      store_values(out, kTo, out_at + i, value * load_vector(c + i) + exchange(value) * turn);
     }
     for (; i < dim; i += 2) {
-      rotate_pair<kDtype, kTransposed>(x, at, c, s, i, i + 1, out, out_at);
+      rotate_pair<kFrom, kTo, kTransposed>(x, at, c, s, i, i + 1, out, out_at);
     }
   } else {
     const int64_t half = dim / 2;
     int64_t i = 0;
     for (; i + kWidth <= half; i += kWidth) {
       const int64_t j = i + half;
-      const Vf first = load_values(x, kDtype, at + i), second = load_values(x, kDtype, at + j);
+      const Vf first = load_values(x, kFrom, at + i), second = load_values(x, kFrom, at + j);
       const Vf upper = second * (kTransposed ? load_vector(s + j) : -load_vector(s + i));
       const Vf lower = first * (kTransposed ? -load_vector(s + i) : load_vector(s + j));
-      store_values(out, kDtype, out_at + i, first * load_vector(c + i) + upper);
-      store_values(out, kDtype, out_at + j, second * load_vector(c + j) + lower);
+      store_values(out, kTo, out_at + i, first * load_vector(c + i) + upper);
+      store_values(out, kTo, out_at + j, second * load_vector(c + j) + lower);
     }
     for (; i < half; ++i) {
-      rotate_pair<kDtype, kTransposed>(x, at, c, s, i, i + half, out, out_at);
+      rotate_pair<kFrom, kTo, kTransposed>(x, at, c, s, i, i + half, out, out_at);
     }
   }
 }

@@ -18,7 +18,8 @@ __global__ void __launch_bounds__(kThreads) rotary_kernel(cpu::Rotary a, int64_t
   const int64_t b = token / a.tokens, t = token % a.tokens;
   const int64_t angle = b * a.table_batch + t * a.dim;
   rotate4<kWide>(a.x, a.dtype, b * a.x_batch + t * a.x_token + head * a.x_head, a.cosine + angle,
-                 a.sine + angle, a.dim, i % quads, a.interleaved, a.transposed, a.out, row * a.dim);
+                 a.sine + angle, a.dim, i % quads, a.interleaved, a.transposed, a.out, a.dtype,
+                 row * a.dim);
 }
 
 }  // namespace

@@ -9,37 +9,43 @@ namespace {
 
 constexpr int kThreads = 128;
 
-// Eight elements of a head, or those that are left, bit for bit.
+// Eight elements of a head, or those that are left: bit for bit, or rounded to another format.
 template <bool kWide>
-__device__ __forceinline__ void copy8(const void* from, int64_t at, void* to, int64_t to_at,
-                                      Dtype dtype, int64_t dim, int64_t quad) {
+__device__ __forceinline__ void copy8(const void* from, Dtype dtype, int64_t at, int64_t dim,
+                                      int64_t quad, void* to, Dtype to_dtype, int64_t to_at) {
   const int64_t first = 8 * quad, end = min(dim, first + 8);
-  if (dtype == Dtype::kFloat32) {
-    const float* x = static_cast<const float*>(from) + at;
-    float* y = static_cast<float*>(to) + to_at;
-    if constexpr (kWide) {
-      for (int64_t i = first; i < end; i += 4) {
-        __stcg(reinterpret_cast<float4*>(y + i), *reinterpret_cast<const float4*>(x + i));
+  for (int64_t i = first; i < end; i += kWide ? 4 : 1) {
+    if (dtype != to_dtype) {
+      if constexpr (kWide) {
+        float x[4];
+        load4<true>(from, dtype, at + i, 4, x);
+        store_rounded<true>(to, to_dtype, to_at + i, 4, x);
+      } else {
+        store1(to, to_dtype, to_at + i, load1(from, dtype, at + i));
+      }
+    } else if (dtype == Dtype::kFloat32) {
+      const float* x = static_cast<const float*>(from) + at + i;
+      float* y = static_cast<float*>(to) + to_at + i;
+      if constexpr (kWide) {
+        __stcg(reinterpret_cast<float4*>(y), *reinterpret_cast<const float4*>(x));
+      } else {
+        *y = *x;
       }
     } else {
-      for (int64_t i = first; i < end; ++i) y[i] = x[i];
-    }
-  } else {
-    const uint16_t* x = static_cast<const uint16_t*>(from) + at;
-    uint16_t* y = static_cast<uint16_t*>(to) + to_at;
-    if constexpr (kWide) {
-      for (int64_t i = first; i < end; i += 4) {
-        __stcg(reinterpret_cast<uint2*>(y + i), *reinterpret_cast<const uint2*>(x + i));
+      const uint16_t* x = static_cast<const uint16_t*>(from) + at + i;
+      uint16_t* y = static_cast<uint16_t*>(to) + to_at + i;
+      if constexpr (kWide) {
+        __stcg(reinterpret_cast<uint2*>(y), *reinterpret_cast<const uint2*>(x));
+      } else {
+        *y = *x;
       }
-    } else {
-      for (int64_t i = first; i < end; ++i) y[i] = x[i];
     }
   }
 }
 
 __device__ __forceinline__ void undefined(const cpu::RotaryAppend& a, int64_t at, int64_t quad) {
   for (int64_t i = 8 * quad; i < a.dim && i < 8 * quad + 8; ++i) {
-    if (a.dtype == Dtype::kFloat32) {
+    if (a.to == Dtype::kFloat32) {
       static_cast<float*>(a.out)[at + i] = NAN;
     } else {
       static_cast<uint16_t*>(a.out)[at + i] = 0x7fc0;
@@ -63,15 +69,15 @@ __global__ void __launch_bounds__(kThreads) append_kernel(cpu::RotaryAppend a, i
       if (head < heads) undefined(a, (n * heads + head) * a.dim, quad);
     } else if (head < heads) {
       rotate4<kWide>(a.q, a.dtype, at(a.q_at, t, head), c, s, a.dim, quad, a.interleaved, false,
-                     a.out, (n * heads + head) * a.dim);
+                     a.out, a.to, (n * heads + head) * a.dim);
     } else if (head < heads + kv_heads) {
       const int h = head - heads;
       rotate4<kWide>(a.k, a.dtype, at(a.k_at, t, h), c, s, a.dim, quad, a.interleaved, false,
-                     a.cache_k, at(a.cache_k_at, slot, h));
+                     a.cache_k, a.to, at(a.cache_k_at, slot, h));
     } else {
       const int h = head - heads - kv_heads;
-      copy8<kWide>(a.v, at(a.v_at, t, h), a.cache_v, at(a.cache_v_at, slot, h), a.dtype, a.dim,
-                   quad);
+      copy8<kWide>(a.v, a.dtype, at(a.v_at, t, h), a.dim, quad, a.cache_v, a.to,
+                   at(a.cache_v_at, slot, h));
     }
   }
   if (threadIdx.x == 0) {

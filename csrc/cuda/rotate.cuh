@@ -33,7 +33,7 @@ __device__ __forceinline__ void rotate_pair(float& i, float& j, float ci, float 
 template <bool kWide>
 __device__ __forceinline__ void rotate4(const void* x, Dtype dtype, int64_t at, const float* cosine,
                                         const float* sine, int64_t dim, int64_t quad,
-                                        bool interleaved, bool transposed, void* out,
+                                        bool interleaved, bool transposed, void* out, Dtype to,
                                         int64_t out_at) {
   const int64_t half = dim / 2, left = half - 4 * quad;
   const int pairs = left < 4 ? static_cast<int>(left) : 4;
@@ -44,8 +44,8 @@ __device__ __forceinline__ void rotate4(const void* x, Dtype dtype, int64_t at, 
       const int64_t j = interleaved ? i + 1 : i + half;
       float first = load1(x, dtype, at + i), second = load1(x, dtype, at + j);
       rotate_pair(first, second, cosine[i], cosine[j], sine[i], sine[j], transposed);
-      store1(out, dtype, out_at + i, first);
-      store1(out, dtype, out_at + j, second);
+      store1(out, to, out_at + i, first);
+      store1(out, to, out_at + j, second);
     }
     return;
   }
@@ -69,8 +69,8 @@ __device__ __forceinline__ void rotate4(const void* x, Dtype dtype, int64_t at, 
 #pragma unroll
     for (int c = 0; c < 4; ++c) rotate_pair(a[c], b[c], ca[c], cb[c], sa[c], sb[c], transposed);
   }
-  store_rounded<true>(out, dtype, out_at + first, 4, a);
-  store_rounded<true>(out, dtype, out_at + second, 4, b);
+  store_rounded<true>(out, to, out_at + first, 4, a);
+  store_rounded<true>(out, to, out_at + second, 4, b);
 }
 
 // Threads that share a head.

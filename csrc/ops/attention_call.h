@@ -17,32 +17,46 @@ namespace rlir {
 
 inline float log2_scale(double scale) { return static_cast<float>(scale * 0x1.71547652b82fep+0); }
 
-// Element [b, token, head, 0].
+// A tensor [B, T, H, D] as a kernel wants it. To ask a tensor for these takes long beside a task of
+// a decoding step, so calls of many tasks ask once.
+struct HeadRows {
+  HeadRows(const torch::stable::Tensor& x)  // NOLINT: a tensor is one wherever rows are wanted
+      : data(static_cast<char*>(x.mutable_data_ptr())),
+        bytes(x.scalar_type() == torch::headeronly::ScalarType::BFloat16 ? 2 : 4),
+        stride{x.stride(0), x.stride(1), x.stride(2)} {}
+
+  // Element [b, token, head, 0].
+  void* at(int64_t b, int64_t token, int64_t head) const {
+    return data + (b * stride[0] + token * stride[1] + head * stride[2]) * bytes;
+  }
+
+  char* data;
+  int64_t bytes, stride[3];
+};
+
 inline void* at(const torch::stable::Tensor& x, int64_t b, int64_t token, int64_t head) {
-  const int64_t size = x.scalar_type() == torch::headeronly::ScalarType::BFloat16 ? 2 : 4;
-  return static_cast<char*>(x.mutable_data_ptr()) +
-         (b * x.stride(0) + token * x.stride(1) + head * x.stride(2)) * size;
+  return HeadRows(x).at(b, token, head);
 }
 
 // Rows first .. first + members - 1 of q, and of each `tokens` tokens and `heads` heads from `head`
 // on.
-inline cpu::Queries queries_of(const torch::stable::Tensor& q, int64_t first, int64_t head,
-                               int64_t members, int64_t tokens, int64_t heads) {
-  return {at(q, first, 0, head),
+inline cpu::Queries queries_of(const HeadRows& q, int64_t first, int64_t head, int64_t members,
+                               int64_t tokens, int64_t heads) {
+  return {q.at(first, 0, head),
           members,
           tokens,
           heads,
-          {q.stride(0), q.stride(1), q.stride(2)},
+          {q.stride[0], q.stride[1], q.stride[2]},
           nullptr};
 }
 
-inline cpu::KeySource one_segment(const torch::stable::Tensor& k, const torch::stable::Tensor& v,
-                                  int64_t b, int64_t head, int64_t count) {
+inline cpu::KeySource one_segment(const HeadRows& k, const HeadRows& v, int64_t b, int64_t head,
+                                  int64_t count) {
   cpu::KeySource s{};
-  s.k[0] = at(k, b, 0, head);
-  s.v[0] = at(v, b, 0, head);
-  s.k_stride[0] = k.stride(1);
-  s.v_stride[0] = v.stride(1);
+  s.k[0] = k.at(b, 0, head);
+  s.v[0] = v.at(b, 0, head);
+  s.k_stride[0] = k.stride[1];
+  s.v_stride[0] = v.stride[1];
   s.count[0] = count;
   return s;
 }

@@ -27,15 +27,17 @@ Tensor group_decode_attention_cpu(const Tensor& q_in, const Tensor& prefix_k_in,
              s.batch, " rollouts in groups of ", group_size);
   const int64_t groups = s.batch / group_size;
   check_part(kOp, "prefix", prefix_k_in, prefix_v_in, groups, s);
-  const Tensor q = attention_rows(kOp, "q", q_in, q_in);
-  const Tensor pk = attention_rows(kOp, "prefix_k", prefix_k_in, q_in);
-  const Tensor pv = attention_rows(kOp, "prefix_v", prefix_v_in, q_in);
-  const Tensor sk = attention_rows(kOp, "suffix_k", suffix_k_in, q_in);
-  const Tensor sv = attention_rows(kOp, "suffix_v", suffix_v_in, q_in);
-  Tensor out = torch::stable::new_empty(q, {s.batch, s.queries, s.heads, s.dim});
-  if (out.numel() == 0) return out;
+  const Tensor kept[] = {attention_rows(kOp, "q", q_in, q_in),
+                         attention_rows(kOp, "prefix_k", prefix_k_in, q_in),
+                         attention_rows(kOp, "prefix_v", prefix_v_in, q_in),
+                         attention_rows(kOp, "suffix_k", suffix_k_in, q_in),
+                         attention_rows(kOp, "suffix_v", suffix_v_in, q_in)};
+  Tensor result = torch::stable::new_empty(kept[0], {s.batch, s.queries, s.heads, s.dim});
+  if (result.numel() == 0) return result;
+  const HeadRows q(kept[0]), pk(kept[1]), pv(kept[2]), sk(kept[3]), sv(kept[4]), out(result);
   const AttentionMask m = attention_mask(kOp, mask, mask_numbers);
-  const auto prefix = attention_lengths(kOp, "prefix_lengths", prefix_lengths, groups, pk.size(1));
+  const auto prefix =
+      attention_lengths(kOp, "prefix_lengths", prefix_lengths, groups, prefix_k_in.size(1));
   const auto suffix = attention_lengths(kOp, "suffix_lengths", suffix_lengths, s.batch, s.keys);
   std::vector<int64_t> keys(s.batch);
   for (int64_t r = 0; r < s.batch; ++r) keys[r] = prefix[r / group_size] + suffix[r];
@@ -58,8 +60,8 @@ Tensor group_decode_attention_cpu(const Tensor& q_in, const Tensor& prefix_k_in,
     a.queries = queries_of(q, first, head * s.group(), members, s.queries, s.group());
     a.queries.reach = reach.data() + first * s.queries;
     a.keys = one_segment(pk, pv, group, head, prefix[group]);
-    a.out = at(out, first, 0, head * s.group());
-    a.out_stride = {out.stride(0), out.stride(1), out.stride(2)};
+    a.out = out.at(first, 0, head * s.group());
+    a.out_stride = {out.stride[0], out.stride[1], out.stride[2]};
     return a;
   };
   const int64_t state_size = cpu::decode_state(s.dim);
@@ -99,7 +101,7 @@ Tensor group_decode_attention_cpu(const Tensor& q_in, const Tensor& prefix_k_in,
          kernel(a, first, count, shared_blocks(group),
                 group_size > 1 ? state_of(group, head, row % group_size) : nullptr, scratch);
        });
-  return out;
+  return result;
 }
 
 }  // namespace

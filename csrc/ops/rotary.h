@@ -112,8 +112,13 @@ inline RotaryAppendCall rotary_append_call(
   const Dtype dtype = check_rotary("rotary_append_: q", q, q);
   check_rotary("rotary_append_: k", k, q);
   check_rotary("rotary_append_: v", v, q);
-  check_rotary("rotary_append_: cache_k", cache_k, q);
-  check_rotary("rotary_append_: cache_v", cache_v, q);
+  const Dtype to = check_rotary("rotary_append_: cache_k", cache_k, cache_k);
+  check_rotary("rotary_append_: cache_v", cache_v, cache_k);
+  RLIR_CHECK(cache_k.device() == q.device(),
+             "rotary_append_: cache_k must be on one device with all, got another");
+  RLIR_CHECK(to == dtype || to == Dtype::kBFloat16,
+             "rotary_append_: cache_k must have q's dtype or be bfloat16, got dtype ",
+             static_cast<int>(cache_k.scalar_type()));
   const int64_t batch = q.size(0), tokens = q.size(1), heads = k.size(2), dim = q.size(3);
   const int64_t capacity = cache_k.size(1);
   check_rotary_sizes("rotary_append_: k", k, batch, tokens, heads, dim);
@@ -129,6 +134,7 @@ inline RotaryAppendCall rotary_append_call(
   RotaryAppendCall call{rotary_rows(q), rotary_rows(k), rotary_rows(v)};
   cpu::RotaryAppend& a = call.args;
   a.dtype = dtype;
+  a.to = to;
   a.q_at = rotary_strides(call.q);
   a.k_at = rotary_strides(call.k);
   a.v_at = rotary_strides(call.v);

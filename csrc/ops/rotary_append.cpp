@@ -45,7 +45,8 @@ Tensor rotary_append_cpu(const Tensor& query, const Tensor& key, const Tensor& v
   cpu::RotaryAppend& a = call.args;
   const int64_t batch = query.size(0);
   check_positions(positions, batch, a.tokens, call.limit);
-  Tensor out = torch::stable::new_empty(query, {batch, a.tokens, a.heads, a.dim});
+  Tensor out =
+      torch::stable::new_empty(query, {batch, a.tokens, a.heads, a.dim}, cache_k.scalar_type());
   a.q = call.q.const_data_ptr();
   a.k = call.k.const_data_ptr();
   a.v = call.v.const_data_ptr();

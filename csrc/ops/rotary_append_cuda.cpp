@@ -23,7 +23,8 @@ Tensor rotary_append_cuda(const Tensor& query, const Tensor& key, const Tensor& 
   RLIR_CHECK(all <= kMost && heads * a.dim <= kMost,
              "rotary_append_: there must be below 2^31 tokens, and elements a token, got ", all,
              " and ", heads * a.dim);
-  Tensor out = torch::stable::new_empty(query, {query.size(0), a.tokens, a.heads, a.dim});
+  Tensor out = torch::stable::new_empty(query, {query.size(0), a.tokens, a.heads, a.dim},
+                                        cache_k.scalar_type());
   if (all * heads == 0) return out;
   Tensor to_k = cache_k, to_v = cache_v;
   a.q = call.in(rows.q, "q");

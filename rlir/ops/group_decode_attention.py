@@ -69,20 +69,26 @@ def group_decode_attention(
     Raises:
         InputError: (a ValueError) inputs that do not fit together, in one line.
     """
-    q, prefix_k, prefix_v, suffix_k, suffix_v = (
-        x.detach() for x in (q, prefix_k, prefix_v, suffix_k, suffix_v)
-    )
+    q, prefix_k, prefix_v, suffix_k, suffix_v = [
+        x.detach() if x.requires_grad else x for x in (q, prefix_k, prefix_v, suffix_k, suffix_v)
+    ]
     tensors = (q, prefix_k, prefix_v, suffix_k, suffix_v, prefix_lengths, suffix_lengths)
-    scale = _check(*tensors, q_positions, group_size, mask, scale)
-    if runs_reference(q):
-        return _reference(*tensors, q_positions, group_size, mask, scale)
+    if q.dim() != 4 or runs_reference(q) or torch.compiler.is_compiling():
+        scale = _check(*tensors, q_positions, group_size, mask, scale)
+        if runs_reference(q):
+            return _reference(*tensors, q_positions, group_size, mask, scale)
+    # A step's call may take less than all checks do. The operator has its own, in fewer words.
+    check_mask(_OP, mask)
+    scale = scale_of(_OP, scale, q.shape[3])
     try:
         out: Tensor = torch.ops.rlir.group_decode_attention.default(
             *tensors, q_positions, mask.kind, mask.numbers, group_size, scale
         )
+        return out
     except RuntimeError as error:
-        raise input_error(_OP, error) from None
-    return out
+        refused = input_error(_OP, error)
+    _check(*tensors, q_positions, group_size, mask, scale)
+    raise refused
 
 
 def group_decode_attention_reference(

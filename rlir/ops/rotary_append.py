@@ -35,14 +35,15 @@ def rotary_append_(
         q: [B, T, Hq, D], D even; k, v: [B, T, Hkv, D]. float32 or bfloat16 alike, with any strides.
             (float64 and float16 run the reference.)
         cos, sin: [P, D]: of every position.
-        cache_k, cache_v: [B, capacity, Hkv, D] in q's dtype, contiguous in D; written in place.
+        cache_k, cache_v: [B, capacity, Hkv, D] in q's dtype, or bfloat16 where q is float32: what
+            is written is rounded once then, after the rotation. Contiguous in D; written in place.
         positions: int64 [B, T]: a token's slot and its position, below capacity and P, different
             within a row.
         interleaved: as in ``rotary``.
 
     Returns:
-        The rotated queries, [B, T, Hq, D]; with the keys they have the bits of ``rotary``. No
-        gradients.
+        The rotated queries, [B, T, Hq, D] in the caches' dtype; with the keys they have the bits of
+        ``rotary``, rounded to that dtype. No gradients.
 
     Raises:
         InputError: (a ValueError) inputs that do not fit together, in one line, before anything is
@@ -109,9 +110,9 @@ def _reference(
             raise InputError(f"{_OP}: positions of a row must differ, got {int(twice[0])} twice")
     cos, sin = cos[positions], sin[positions]
     rows = torch.arange(len(q), device=q.device)[:, None]
-    cache_k[rows, positions] = rotate(k, cos, sin, interleaved)
-    cache_v[rows, positions] = v
-    return rotate(q, cos, sin, interleaved)
+    cache_k[rows, positions] = rotate(k, cos, sin, interleaved).to(cache_k.dtype)
+    cache_v[rows, positions] = v.to(cache_v.dtype)
+    return rotate(q, cos, sin, interleaved).to(cache_k.dtype)
 
 
 def _check(
@@ -125,10 +126,13 @@ def _check(
     positions: Tensor,
 ) -> None:
     tensors = {"q": q, "k": k, "v": v, "cache_k": cache_k, "cache_v": cache_v}
+    rounds = q.dtype == torch.float32 and cache_k.dtype == torch.bfloat16
     for name, x in tensors.items():
         check_rotated(_OP, name, x)
-        if x.dtype != q.dtype:
-            raise InputError(f"{_OP}: {name} must be {q.dtype} as q is, got {x.dtype}")
+        like = "cache_k" if rounds and name.startswith("cache") else "q"
+        if x.dtype != tensors[like].dtype:
+            dtype = tensors[like].dtype
+            raise InputError(f"{_OP}: {name} must be {dtype} as {like} is, got {x.dtype}")
         if x.device != q.device:
             raise InputError(f"{_OP}: {name} must be on {q.device}, got {x.device}")
     b, t, _, d = q.shape
@@ -175,4 +179,4 @@ if _library.PATH is not None:
         positions: Tensor,
         interleaved: bool,
     ) -> Tensor:
-        return q.new_empty(q.shape)
+        return q.new_empty(q.shape, dtype=cache_k.dtype)

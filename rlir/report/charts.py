@@ -36,7 +36,7 @@ CURVE_LABELS = {
 
 def _ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Round numbers that span [low, high], about ``count`` of them."""
-    if high <= low:
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # too little for floats to count in steps
         pad = abs(low) * 0.1 or 1.0
         low, high = low - pad, high + pad
     raw = (high - low) / count

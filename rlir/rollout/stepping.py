@@ -23,6 +23,7 @@ from rlir.models.world_model import Layer, WorldModel
 from rlir.ops import (
     group_decode_attention,
     head_logits,
+    rotary_append_,
     sample_tokens,
     selected_logprob,
     video_attention,
@@ -56,7 +57,6 @@ class _Indices:
 
     slot: Tensor
     token: Tensor
-    position: Tensor
     embed: Tensor
     """[T] each: as in ``Layout``."""
     predicting: Tensor
@@ -67,8 +67,8 @@ class _Indices:
 
     @staticmethod
     def pack(layout: Layout, step: Step, frame: int) -> np.ndarray:
-        """In one row, [4 T + 4 K]."""
-        fed = [x[step.slots] for x in (layout.token, layout.position, layout.embed)]
+        """In one row, [3 T + 4 K]."""
+        fed = [x[step.slots] for x in (layout.token, layout.embed)]
         target = frame * layout.plan.rows * layout.plan.columns + step.places
         offset = layout.offset(frame, 0) + step.places
         return np.concatenate([step.slots, *fed, step.predicting, step.places, target, offset])
@@ -76,7 +76,7 @@ class _Indices:
     @classmethod
     def unpack(cls, row: Tensor, feeds: int, draws: int) -> "_Indices":
         """Views of such a row."""
-        return cls(*row.split([feeds] * 4 + [draws] * 4))
+        return cls(*row.split([feeds] * 3 + [draws] * 4))
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,10 @@ class Stepper:
             self.support = torch.zeros(size, dtype=torch.uint8, device=device)
         self.stem = torch.zeros(b, s, config.hidden, device=device)
         self.table = policy.rotary_until(self.layout.offset(self.frames - 1, s))
+        """cos and sin [2, positions, d]."""
+        later = torch.from_numpy(self.layout.position[self.prefix :]).to(device)
+        self.own_table = self.table.index_select(1, later)
+        """The same of slots after the context: a slot is not a position where diagonals refresh."""
         dtype = policy.lm_head.weight.dtype
         shape = (b, n - self.prefix, config.kv_heads, config.hidden // config.heads)
         self.suffixes = [
@@ -247,15 +251,14 @@ class Stepper:
         x = policy.embed_at(ids, at.embed)
         if policy.stem is not None:
             x = x.index_add(1, at.predicting, self.stem.index_select(1, at.place))
-        table, own = self.table.index_select(1, at.position), at.slot - self.prefix
+        (cos, sin), own = self.own_table, (at.slot - self.prefix).expand(len(ids), -1).contiguous()
         for layer, prefix, suffix in zip(
             policy.decoder_layers(), self.prefixes, self.suffixes, strict=True
         ):
-            # Rotated in float32 and rounded then, as where the policy is trained, which is why
-            # rotary_append_ is not for here: its keys are rounded before.
-            q, *kv = layer.self_attn.project(layer.input_layernorm(x), table)
-            for cache, new in zip(suffix, kv, strict=True):
-                cache.index_copy_(1, own, new)
+            attention = layer.self_attn
+            parts = [attention.heads, attention.kv_heads, attention.kv_heads]
+            q, k, v = attention.heads_of(layer.input_layernorm(x)).split(parts, 2)
+            q = rotary_append_(q, k, v, cos, sin, suffix[0], suffix[1], own)
             out = group_decode_attention(
                 *(q, *prefix, *suffix),
                 prefix_lengths=self.prefix_lengths,

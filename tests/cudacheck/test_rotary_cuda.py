@@ -16,6 +16,11 @@ from rlir.ops import rotary, rotary_append_
 
 FOLDER = toolkit.CSRC / "cuda"
 DTYPES = {torch.float32: 1, torch.bfloat16: 2}
+KINDS = {
+    "float32": (torch.float32, torch.float32),
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "float32 to bfloat16": (torch.float32, torch.bfloat16),
+}
 archs = pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 layouts = pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
@@ -65,24 +70,25 @@ def test_rotary_gives_the_bits_of_the_cpu(
 
 
 @archs
-@dtypes
+@pytest.mark.parametrize("kind", KINDS)
 @layouts
 @pytest.mark.parametrize("dim", [32, 30])
 def test_rotary_append_gives_the_bits_of_the_cpu(
-    arch: str, dtype: torch.dtype, interleaved: bool, dim: int
+    arch: str, kind: str, interleaved: bool, dim: int
 ) -> None:
+    dtype, kept = KINDS[kind]
     b, t, h, kv, capacity = 2, 3, 4, 2, 9
     q = normal(b, t, h, dim, dtype=dtype)
     k, v = (normal(b, t, kv, dim, dtype=dtype, seed=i) for i in (1, 2))
     cos, sin = (normal(capacity + 2, dim, seed=i) for i in (3, 4))
     positions = torch.tensor([[4, 0, 8], [2, 7, 3]])
-    caches = [torch.full((b, capacity, kv, dim), 7.0, dtype=dtype) for _ in range(2)]
+    caches = [torch.full((b, capacity, kv, dim), 7.0, dtype=kept) for _ in range(2)]
     inputs = [array(y) for y in (q, k, v, cos, sin, positions)]
-    outputs = [aligned(np.zeros_like(inputs[0])), *(array(y) for y in caches)]
+    outputs = [array(torch.zeros(q.shape, dtype=kept)), *(array(y) for y in caches)]
     at = [y.ctypes.data for y in inputs]
     to = [y.ctypes.data for y in outputs]
     args = struct.pack("<3Q9q", *at[:3], *strides(q), *strides(k), *strides(v))
-    args += struct.pack("<i4x2QQ", DTYPES[dtype], *at[3:])
+    args += struct.pack("<2i2QQ", DTYPES[dtype], DTYPES[kept], *at[3:])
     args += struct.pack("<3Q6q", *to, *strides(caches[0]), *strides(caches[1]))
     args += struct.pack("<4q?7x", t, h, kv, dim, interleaved)
     limit = struct.pack("<q", capacity)

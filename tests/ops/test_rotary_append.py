@@ -5,7 +5,7 @@ import torch
 from backends import Backend, backends_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rotary_cases import DTYPES, Step, step
+from rotary_cases import KINDS, Step, step
 from testkit import examples
 from torch import Tensor
 
@@ -39,7 +39,7 @@ def run(op: Backend, case: Step, **options: bool) -> Tensor:
 def expected(case: Step, interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Rotated q and both caches, a token at a time."""
     cache_k, cache_v = case.cache_k.clone(), case.cache_v.clone()
-    out = torch.empty_like(case.q)
+    out = torch.empty_like(case.q, dtype=case.cache_k.dtype)
     for b in range(case.q.shape[0]):
         for t in range(case.q.shape[1]):
             p = int(case.positions[b, t])
@@ -62,15 +62,15 @@ def check(op: Backend, case: Step, interleaved: bool) -> None:
 
 
 @backends
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
 @pytest.mark.parametrize(
     "sizes", [(2, 5, 4, 2, 64, 9), (1, 1, 1, 1, 2, 1), (3, 2, 3, 3, 30, 40), (0, 2, 2, 1, 8, 4)]
 )
-def test_is_rotary_and_a_copy(
-    op: Backend, dtype: torch.dtype, interleaved: bool, sizes: tuple
-) -> None:
-    check(op, step(*sizes, dtype), interleaved)
+def test_is_rotary_and_a_copy(op: Backend, kind: str, interleaved: bool, sizes: tuple) -> None:
+    """Rounded once, after the rotation, where the caches are of another dtype."""
+    dtype, kept = KINDS[kind]
+    check(op, step(*sizes, dtype, kept=kept), interleaved)
 
 
 @native
@@ -80,7 +80,7 @@ def test_is_rotary_and_a_copy(
     t=st.integers(0, 4),
     heads=st.sampled_from([(1, 1), (4, 1), (4, 2), (0, 0), (3, 3)]),
     half=st.integers(1, 40),
-    dtype=st.sampled_from(DTYPES),
+    kind=st.sampled_from(sorted(KINDS)),
     interleaved=st.booleans(),
     layout=st.sampled_from(["fused", "one cache", "heads first", "step", "spread positions"]),
 )
@@ -90,18 +90,19 @@ def test_any_layout(
     t: int,
     heads: tuple[int, int],
     half: int,
-    dtype: torch.dtype,
+    kind: str,
     interleaved: bool,
     layout: str,
 ) -> None:
     d, (hq, hkv), capacity = 2 * half, heads, t + 3
-    case = step(b, t, hq, hkv, d, capacity, dtype, seed=half)
+    dtype, kept = KINDS[kind]
+    case = step(b, t, hq, hkv, d, capacity, dtype, seed=half, kept=kept)
     if layout == "fused":
         whole = torch.cat([case.q, case.k, case.v], 2)
         q, k, v = whole.flatten(2).unflatten(2, (-1, d)).split([hq, hkv, hkv], 2)
         case = case._replace(q=q, k=k, v=v)
     elif layout == "one cache":
-        both = torch.full((b, 2, capacity, hkv, d), 7.0, dtype=dtype)
+        both = torch.full((b, 2, capacity, hkv, d), 7.0, dtype=kept)
         case = case._replace(cache_k=both[:, 0], cache_v=both[:, 1])
     elif layout == "heads first":
         case = case._replace(
@@ -152,8 +153,8 @@ def test_no_gradients(op: Backend) -> None:
 @pytest.mark.skipif(_library.PATH is None, reason="the reference is forced")
 def test_opcheck() -> None:
     op = torch.ops.rlir.rotary_append_.default
-    for b, dtype in ((0, torch.float32), (2, torch.bfloat16)):
-        torch.library.opcheck(op, (*step(b, 3, 4, 2, 8, 9, dtype), b == 2))
+    for b, (dtype, kept) in zip((0, 2, 2), KINDS.values(), strict=True):
+        torch.library.opcheck(op, (*step(b, 3, 4, 2, 8, 9, dtype, kept=kept), b == 2))
 
 
 def test_compiles_once_for_all_sizes() -> None:
@@ -180,6 +181,12 @@ def test_compiles_once_for_all_sizes() -> None:
         ({"k": torch.ones(2, 2, 1, 8)}, r"k must be \[2, 3, 1, 8\], got shape \(2, 2, 1, 8\)"),
         ({"v": torch.ones(2, 3, 2, 8)}, r"v must be \[2, 3, 1, 8\], got shape \(2, 3, 2, 8\)"),
         ({"v": torch.ones(2, 3, 1, 8).bfloat16()}, "v must be torch.float32 as q is, got"),
+        ({"cache_k": torch.ones(2, 9, 1, 8).half()}, "cache_k must be torch.float32 as q is, got"),
+        ({"cache_v": torch.ones(2, 9, 1, 8).bfloat16()}, "cache_v must be torch.float32 as q is"),
+        (
+            {"cache_k": torch.ones(2, 9, 1, 8).bfloat16()},
+            "cache_v must be torch.bfloat16 as cache_k is, got torch.float32",
+        ),
         ({"cache_k": torch.ones(2, 9, 2, 8)}, r"cache_k must be \[2, 9, 1, 8\], got shape"),
         ({"cache_v": torch.ones(2, 8, 1, 8)}, r"cache_v must be \[2, 9, 1, 8\], got shape"),
         ({"cache_v": torch.ones(2, 9, 1, 16)[..., ::2]}, "cache_v must be contiguous in D, got"),

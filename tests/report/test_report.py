@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import av
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rlir.actions.space import DOOM, ActionSpace, CameraAxis, KeyGroup
@@ -321,6 +321,8 @@ def test_contact_sheet_shows_every_frame(panels):
 # -- charts ----------------------------------------------------------------------------------
 
 
+@example(-3.948267169050918e-292, 5.653250551606245e-308)
+@example(1.0, 2.0**-52)
 @given(st.floats(-1e6, 1e6, allow_subnormal=False), st.floats(0, 1e6, allow_subnormal=False))
 def test_ticks_span_the_values(low, extent):
     high = low + extent

@@ -169,6 +169,7 @@ template <typename F>
 struct CacheQuery {
   const typename F::Word* q;
   const Reach* reach;
+  const uint64_t* seen;  // bits of slots from the head's base on
   float* sums;
   RunningSoftmax softmax;
 };
@@ -202,24 +203,6 @@ inline float weights_of(typename F::Word* weights, const float* scores, int64_t 
   return factor;
 }
 
-// The slots of a block that a query does not see get -infinity, and those up to a multiple of 16.
-inline void mask_row(const AttentionMask& mask, const Reach& r, int64_t start, int64_t count,
-                     float* scores) {
-  int64_t i = 0;
-  for (; i < at_most(r.low - start, count); ++i) scores[i] = minus_infinity();
-  if (mask.kind >= MaskKind::kDiagonal) {
-    for (i = r.own > start ? r.own - start : 0; i < count; ++i) {
-      if (!sees_slot(mask, r, start + i)) scores[i] = minus_infinity();
-    }
-  }
-  for (int64_t k = next_stand_in(mask, start); k < start + count; k = next_stand_in(mask, k + 1)) {
-    if (!sees_slot(mask, r, k)) scores[k - start] = minus_infinity();
-  }
-  for (i = r.high > start ? r.high - start : 0; i < round_up(count, 16); ++i) {
-    scores[i] = minus_infinity();
-  }
-}
-
 // Whether a query sees any of a block's slots.
 inline bool sees_block(const Reach& r, int64_t start, int64_t count) {
   return r.low < r.high && r.low < start + count && r.high > start;
@@ -247,8 +230,23 @@ inline void rescale(float* sums, float factor, int64_t padded) {
 template <typename F>
 struct CacheBlock {
   KeyBlock<F> tail_keys, own_keys;
-  int64_t start, tail, count;
+  int64_t base, start, tail, count;  // base: of the head
 };
+
+// The slots of a block that a query does not see get -infinity, and those up to a multiple of 16.
+template <typename F>
+inline void mask_row(const uint64_t* seen, const CacheBlock<F>& block, float* scores) {
+  const uint64_t* words = seen + (block.start - block.base) / 64;
+  for (int64_t i = 0; i < block.count; i += 64) {
+    const uint64_t word = words[i / 64];
+    if (word == ~uint64_t{0}) continue;
+    for (int64_t j = 0; j < at_most(round_up(block.count - i, 16), 64); j += kWidth) {
+      const Vi bits = (Vi{} + static_cast<int32_t>(word >> j)) & ((Vi{} + 1) << kLaneNumbers);
+      store_vector(scores + i + j,
+                   select(bits != 0, load_vector(scores + i + j), splat(minus_infinity())));
+    }
+  }
+}
 
 // Slots that share a vector with the prompt's last ones were computed from the wrong keys: what
 // `write` does to scores, but for the first `keep` of the vector.
@@ -267,8 +265,8 @@ inline void keep_first(float* const* scores, int queries, int64_t at, int64_t ke
 
 // A block for kQueries queries of one key head. `scale` includes log2(e).
 template <typename F, int kQueries>
-inline void attend_block(CacheQuery<F>* const* queries, const CacheBlock<F>& block,
-                         const AttentionMask& mask, int64_t dim, float scale, float* scratch) {
+inline void attend_block(CacheQuery<F>* const* queries, const CacheBlock<F>& block, int64_t dim,
+                         float scale, float* scratch) {
   using Word = typename F::Word;
   const int64_t padded = round_up(dim, 16), words = words_for<F>(dim);
   float *scores[kQueries], *sums[kQueries];
@@ -284,7 +282,7 @@ inline void attend_block(CacheQuery<F>* const* queries, const CacheBlock<F>& blo
     scores_of<F, kQueries>(scores, q, block.own_keys, border, block.count, words);
   });
   for (int j = 0; j < kQueries; ++j) {
-    mask_row(mask, *queries[j]->reach, block.start, block.count, scores[j]);
+    mask_row(queries[j]->seen, block, scores[j]);
     Word* to = reinterpret_cast<Word*>(scores[j] + kScoreRow);
     const float factor =
         weights_of<F>(to, scores[j], round_up(block.count, 16), scale, queries[j]->softmax);
@@ -329,14 +327,13 @@ inline int64_t attention_scratch([[maybe_unused]] int64_t dim) {
 
 template <typename F>
 inline void attend_together(CacheQuery<F>* const* queries, int64_t count,
-                            const CacheBlock<F>& block, const AttentionMask& mask, int64_t dim,
-                            float scale, float* scratch) {
+                            const CacheBlock<F>& block, int64_t dim, float scale, float* scratch) {
 #if defined(__AMX_BF16__)
   if constexpr (kTiled<F>) {
-    return attend_tiles(queries, count, block, mask, dim, scale, scratch);
+    return attend_tiles(queries, count, block, dim, scale, scratch);
   }
 #endif
-  (count > 1 ? attend_block<F, 2> : attend_block<F, 1>)(queries, block, mask, dim, scale, scratch);
+  (count > 1 ? attend_block<F, 2> : attend_block<F, 1>)(queries, block, dim, scale, scratch);
 }
 
 // Blocks of one sequence and key head: tails [128 slots], and the ring of own slots.
@@ -350,6 +347,7 @@ struct CacheHead {
     const int64_t index = (start - base) % capacity, next = (index + kKeyBlock) % capacity;
     const bool last = start + kKeyBlock >= end, first = start == base;
     CacheBlock<F> b;
+    b.base = base;
     b.start = start;
     b.count = at_most(kKeyBlock, end - start);
     b.tail = first ? at_most(tail, b.count) : 0;
@@ -364,7 +362,7 @@ struct CacheHead {
 // All blocks from `base` on, for queries of one key head.
 template <typename F>
 inline void attend_queries(CacheQuery<F>* queries, int64_t count, const CacheHead<F>& head,
-                           const AttentionMask& mask, int64_t dim, float scale, float* scratch) {
+                           int64_t dim, float scale, float* scratch) {
   int64_t low = INT64_MAX, high = 0;
   for (int64_t i = 0; i < count; ++i) {
     const Reach& r = *queries[i].reach;
@@ -379,7 +377,7 @@ inline void attend_queries(CacheQuery<F>* queries, int64_t count, const CacheHea
     int n = 0;
     const auto flush = [&] {
       if (n == 0) return;
-      attend_together<F>(some, n, block, mask, dim, scale, scratch);
+      attend_together<F>(some, n, block, dim, scale, scratch);
       n = 0;
       block.own_keys.next_k = block.own_keys.k;  // asked for once
       block.own_keys.next_v = block.own_keys.v;

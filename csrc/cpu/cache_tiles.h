@@ -173,7 +173,7 @@ inline void tile_scores(float* scores, const uint32_t* q, const KeyBlock<F>& key
 // attend_block for up to 16 queries of one key head.
 template <typename F>
 inline void attend_tiles(CacheQuery<F>* const* queries, int64_t count, const CacheBlock<F>& block,
-                         const AttentionMask& mask, int64_t dim, float scale, float* scratch) {
+                         int64_t dim, float scale, float* scratch) {
   const TileSpace space(dim);
   const int64_t padded = space.padded, words = words_for<F>(dim);
   float *scores = scratch + space.scores, *sums = scratch + space.sums;
@@ -201,7 +201,7 @@ inline void attend_tiles(CacheQuery<F>* const* queries, int64_t count, const Cac
   const int64_t whole = round_up(block.count, 16);
   for (int64_t j = 0; j < count; ++j) {
     CacheQuery<F>& query = *queries[j];
-    mask_row(mask, *query.reach, block.start, block.count, row[j]);
+    mask_row(query.seen, block, row[j]);
     const float factor = weights_of<F>(weights + j * kPairs, row[j], whole, scale, query.softmax);
     rescale(query.sums, factor, padded);
     __builtin_memcpy(sums + j * padded, query.sums, sizeof(float) * static_cast<uint64_t>(padded));

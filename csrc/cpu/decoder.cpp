@@ -228,9 +228,9 @@ void clear(const Decoder& m, const DecoderCache& own, int64_t sequence, int64_t 
 }
 
 template <typename F>
-void attend(const Decoder& m, const AttentionMask& mask, int64_t layer, const DecoderCache& tails,
-            const DecoderCache& own, const DecoderMember& member, int64_t head,
-            const typename F::Word* q, const float* state, float* merged, float* scratch) {
+void attend(const Decoder& m, int64_t layer, const DecoderCache& tails, const DecoderCache& own,
+            const DecoderMember& member, int64_t head, const typename F::Word* q,
+            const float* state, float* merged, float* scratch) {
   const ProductScope<F> scope;
   const int64_t dim = m.head_dim, padded = round_up(dim, 16), group = m.heads / m.kv_heads;
   const double root = __builtin_sqrt(static_cast<double>(dim));
@@ -255,11 +255,12 @@ void attend(const Decoder& m, const AttentionMask& mask, int64_t layer, const De
       const int64_t row = (begin + i) / group, h = head * group + (begin + i) % group;
       queries[i].q = q + ((member.first + row) * m.heads + h) * padded;
       queries[i].reach = member.reach + row;
+      queries[i].seen = member.seen + row * member.words;
       queries[i].sums = sums + i * padded;
       const float* before = state == nullptr ? nullptr : state + (begin + i) * decode_state(dim);
       begin_query(queries[i], before, dim);
     }
-    attend_queries<F>(queries, count, keys, mask, dim, scale, scratch);
+    attend_queries<F>(queries, count, keys, dim, scale, scratch);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t row = (begin + i) / group, h = head * group + (begin + i) % group;
       float* to = merged + (member.first + row) * round_up(m.hidden, 16) + h * dim;
@@ -330,14 +331,14 @@ void decoder_clear(const Decoder& m, const DecoderCache& own, int64_t sequence, 
   (m.bfloat16 ? clear<BFloat16Words> : clear<Plain>)(m, own, sequence, index, count);
 }
 
-void decoder_attend(const Decoder& m, const AttentionMask& mask, int64_t layer,
-                    const DecoderCache& tails, const DecoderCache& own, const DecoderMember& member,
-                    int64_t head, const void* q, const float* state, float* merged, void* scratch) {
+void decoder_attend(const Decoder& m, int64_t layer, const DecoderCache& tails,
+                    const DecoderCache& own, const DecoderMember& member, int64_t head,
+                    const void* q, const float* state, float* merged, void* scratch) {
   float* space = static_cast<float*>(scratch);
   m.bfloat16
-      ? attend<BFloat16Words>(m, mask, layer, tails, own, member, head,
+      ? attend<BFloat16Words>(m, layer, tails, own, member, head,
                               static_cast<const BFloat16Words::Word*>(q), state, merged, space)
-      : attend<Plain>(m, mask, layer, tails, own, member, head, static_cast<const float*>(q), state,
+      : attend<Plain>(m, layer, tails, own, member, head, static_cast<const float*>(q), state,
                       merged, space);
 }
 

@@ -86,8 +86,10 @@ struct DecoderMember {
   int64_t first, count;
   int64_t prompt, sequence;  // of the caches of tails, and of the own one
   int64_t base, tail;
-  const Reach* reach;  // [count]
-  int64_t next;        // the own sequence that is read after this one
+  const Reach* reach;    // [count]
+  const uint64_t* seen;  // [count][words] (core/seen_bits.h), from `base` on, whole blocks
+  int64_t words;
+  int64_t next;  // the own sequence that is read after this one
 };
 
 // In words of 4 bytes, but for `panel` and `values_per_word`.
@@ -114,8 +116,13 @@ using DecoderNorm = void(const Decoder&, const float* weight, const float* x, in
 // Panels [begin, end) of a weight's outputs for `count` rows of activations:
 //   kQkv   to = h Wqkv^T     kOut, kDown   to += h W^T, x
 //   kMlp   to = the gated MLP's activations   kHead   to = logits [count][codes]
+// `next` is what the thread reads after them, and asked for while the last panel is worked on, as
+// each is during the one before. Null: what follows in memory.
 using DecoderMultiply = void(const Decoder&, DecoderProduct, int64_t layer, const void* h,
-                             int64_t count, int64_t begin, int64_t end, void* to, void* scratch);
+                             int64_t count, int64_t begin, int64_t end, const void* next, void* to,
+                             void* scratch);
+// Where the weights of a panel of outputs begin; null where they are int8.
+using DecoderPanel = const void*(const Decoder&, DecoderProduct, int64_t layer, int64_t panel);
 // Rows [begin, end) of qkv: queries rotated to q and, unless null, to raw [rows][heads][d] in the
 // policy's dtype; keys, rotated, and values to the own cache.
 using DecoderAppend = void(const Decoder&, int64_t layer, const DecoderCache& own,
@@ -134,10 +141,9 @@ using DecoderClear = void(const Decoder&, const DecoderCache& own, int64_t seque
                           int64_t count);
 // Attention of a rollout's rows for key head `head`, over tail and own slots, on from `state`
 // (whole blocks of the prompt; null where there are none): merged [rows][D].
-using DecoderAttend = void(const Decoder&, const AttentionMask&, int64_t layer,
-                           const DecoderCache& tails, const DecoderCache& own, const DecoderMember&,
-                           int64_t head, const void* q, const float* state, float* merged,
-                           void* scratch);
+using DecoderAttend = void(const Decoder&, int64_t layer, const DecoderCache& tails,
+                           const DecoderCache& own, const DecoderMember&, int64_t head,
+                           const void* q, const float* state, float* merged, void* scratch);
 // Rows [begin, end) of floats, or of raw rows [D], as activations.
 using DecoderRound = void(const Decoder&, const float* merged, int64_t begin, int64_t end, void* h);
 using DecoderWords = void(const Decoder&, const void* raw, int64_t begin, int64_t end, void* h,
@@ -149,6 +155,7 @@ using DecoderWords = void(const Decoder&, const void* raw, int64_t begin, int64_
   DecoderPack decoder_pack;              \
   DecoderNorm decoder_norm;              \
   DecoderMultiply decoder_multiply;      \
+  DecoderPanel decoder_panel;            \
   DecoderAppend decoder_append;          \
   DecoderAppendRows decoder_append_rows; \
   DecoderPlace decoder_place;            \

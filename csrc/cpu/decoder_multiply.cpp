@@ -18,6 +18,17 @@ void pack(const Matrix& weight, int64_t outputs, int64_t depth, void* packed) {
   }
 }
 
+// Words of a weight [outputs][depth], packed.
+template <typename F>
+int64_t packed_words(int64_t outputs, int64_t depth) {
+  return round_up(outputs, kPanel) * words_for<F>(depth);
+}
+
+template <typename F>
+const void* panel_at(const void* packed, int64_t panel, int64_t depth) {
+  return static_cast<const typename F::Word*>(packed) + panel * kPanel * words_for<F>(depth);
+}
+
 // A packed weight [outputs][depth], or int8 values and what they are multiplied by.
 struct Weight {
   const void* packed;
@@ -46,16 +57,16 @@ void widen(const int8_t* values, int64_t words, typename F::Word* to) {
   }
 }
 
-// c [count][kPanel] = rows against panel number `panel` of a weight.
+// c [count][kPanel] = rows against panel number `panel` of a weight; `next`: cpu/product.h.
 template <typename F>
 void panel_of(const Weight& weight, int64_t panel, const typename F::Word* rows, int64_t count,
-              int64_t depth, int64_t lanes, float* c, typename F::Word* spare) {
+              int64_t depth, int64_t lanes, const void* next, float* c, typename F::Word* spare) {
   using Word = typename F::Word;
   const int64_t words = words_for<F>(depth), at = panel * kPanel * words;
   if (weight.scales == nullptr) {
     const Word* from = static_cast<const Word*>(weight.packed) + at;
     return panel_product<F>(c, rows, row_words<F>(depth), count, from, words,
-                            static_cast<int>(lanes), false, from + kPanel * words);
+                            static_cast<int>(lanes), false, next);
   }
   const int8_t* values = static_cast<const int8_t*>(weight.packed) + at * F::kPerWord;
   for (int64_t k = 0; k < words; k += kDepth) {
@@ -77,19 +88,15 @@ void panel_of(const Weight& weight, int64_t panel, const typename F::Word* rows,
 // c [count][kPanel] are outputs first .. first + lanes - 1, lanes a multiple of 16.
 template <typename F, typename Done>
 void product(const typename F::Word* rows, int64_t count, int64_t depth, const Weight& weight,
-             int64_t outputs, int64_t begin, int64_t end, float* c, typename F::Word* spare,
-             const Done& done) {
-  for (int64_t first = begin * kPanel; first < at_most(end * kPanel, outputs); first += kPanel) {
-    const int64_t lanes = at_most(round_up(outputs - first, 16), kPanel);
-    panel_of<F>(weight, first / kPanel, rows, count, depth, lanes, c, spare);
+             int64_t outputs, int64_t begin, int64_t end, const void* next, float* c,
+             typename F::Word* spare, const Done& done) {
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const int64_t first = panel * kPanel, lanes = at_most(round_up(outputs - first, 16), kPanel);
+    const bool last = panel + 1 == end && next != nullptr;
+    const void* ahead = last ? next : panel_at<F>(weight.packed, panel + 1, depth);
+    panel_of<F>(weight, panel, rows, count, depth, lanes, ahead, c, spare);
     done(first, lanes, c);
   }
-}
-
-// Words of a weight [outputs][depth], packed.
-template <typename F>
-int64_t packed_words(int64_t outputs, int64_t depth) {
-  return round_up(outputs, kPanel) * words_for<F>(depth);
 }
 
 inline Vf silu(Vf x) { return x / (splat(1.0f) + exp(-x)); }
@@ -101,6 +108,7 @@ struct Multiply {
   int64_t layer;
   const Word* h;
   int64_t count, begin, end;
+  const void* next;
   float* c;
   Word* spare;  // a part of a panel
 
@@ -116,7 +124,7 @@ struct Multiply {
   void qkv(float* to) const {
     const int64_t width = qkv_width(m), stride = round_up(width, 16);
     product<F>(h, count, m.hidden, weight(m.qkv, m.scales.qkv, layer, width, m.hidden), width,
-               begin, end, c, spare, [&](int64_t first, int64_t lanes, const float* tile) {
+               begin, end, next, c, spare, [&](int64_t first, int64_t lanes, const float* tile) {
                  for (int64_t row = 0; row < count; ++row) {
                    for (int64_t i = 0; i < lanes; i += kWidth) {
                      store_vector(to + row * stride + first + i,
@@ -130,7 +138,7 @@ struct Multiply {
   void add(const void* all, const float* scales, int64_t depth, float* x) const {
     const int64_t stride = round_up(m.hidden, 16);
     product<F>(h, count, depth, weight(all, scales, layer, m.hidden, depth), m.hidden, begin, end,
-               c, spare, [&](int64_t first, int64_t lanes, const float* tile) {
+               next, c, spare, [&](int64_t first, int64_t lanes, const float* tile) {
                  for (int64_t row = 0; row < count; ++row) {
                    float* to = x + row * stride + first;
                    for (int64_t i = 0; i < lanes; i += kWidth) {
@@ -148,9 +156,13 @@ struct Multiply {
     };
     const Weight gate = half(0);
     float* other = c + round_up(count, kRowPad) * kPanel;
-    product<F>(h, count, m.hidden, half(1), m.mlp, begin, end, c, spare,
+    product<F>(h, count, m.hidden, half(1), m.mlp, begin, end, next, c, spare,
                [&](int64_t first, int64_t lanes, const float* tile) {
-                 panel_of<F>(gate, first / kPanel, h, count, m.hidden, lanes, other, spare);
+                 const int64_t panel = first / kPanel;
+                 const bool last = panel + 1 == end && next != nullptr;
+                 const void* ahead = last ? panel_at<F>(next, 1, m.hidden)  // after half(1)'s
+                                          : panel_at<F>(gate.packed, panel + 1, m.hidden);
+                 panel_of<F>(gate, panel, h, count, m.hidden, lanes, ahead, other, spare);
                  for (int64_t row = 0; row < count; ++row) {
                    for (int64_t i = 0; i < lanes; i += kWidth) {
                      const int64_t at = row * kPanel + i;
@@ -162,7 +174,7 @@ struct Multiply {
   }
 
   void head(float* logits) const {
-    product<F>(h, count, m.hidden, {m.head, nullptr}, m.codes, begin, end, c, spare,
+    product<F>(h, count, m.hidden, {m.head, nullptr}, m.codes, begin, end, next, c, spare,
                [&](int64_t first, int64_t lanes, const float* tile) {
                  const auto bytes = 4 * static_cast<uint64_t>(at_most(lanes, m.codes - first));
                  for (int64_t row = 0; row < count; ++row) {
@@ -172,19 +184,37 @@ struct Multiply {
   }
 };
 
+// Of two weights that are read by turns, the one that is read first.
+template <typename F>
+const void* panel_of_weight(const Decoder& m, DecoderProduct which, int64_t layer, int64_t panel) {
+  if (m.scales.qkv != nullptr) return nullptr;
+  const auto at = [&](const void* all, int64_t index, int64_t outputs, int64_t depth) {
+    const int64_t words = packed_words<F>(outputs, depth);
+    return panel_at<F>(static_cast<const typename F::Word*>(all) + index * words, panel, depth);
+  };
+  switch (which) {
+    case DecoderProduct::kQkv:
+      return at(m.qkv, layer, qkv_width(m), m.hidden);
+    case DecoderProduct::kOut:
+      return at(m.out, layer, m.hidden, m.hidden);
+    case DecoderProduct::kMlp:
+      return at(m.gate_up, 2 * layer + 1, m.mlp, m.hidden);
+    case DecoderProduct::kDown:
+      return at(m.down, layer, m.hidden, m.mlp);
+    case DecoderProduct::kHead:
+      return at(m.head, 0, m.codes, m.hidden);
+  }
+  return nullptr;
+}
+
 template <typename F>
 void multiply(const Decoder& m, DecoderProduct which, int64_t layer, const void* h, int64_t count,
-              int64_t begin, int64_t end, void* to, float* scratch) {
+              int64_t begin, int64_t end, const void* next, void* to, float* scratch) {
   const ProductScope<F> scope;
   const int64_t tiles = 2 * round_up(count, kRowPad) * kPanel;
-  const Multiply<F> p{m,
-                      layer,
-                      static_cast<const typename F::Word*>(h),
-                      count,
-                      begin,
-                      end,
-                      scratch,
-                      reinterpret_cast<typename F::Word*>(scratch + tiles)};
+  const Multiply<F> p{m,     layer,   static_cast<const typename F::Word*>(h),
+                      count, begin,   end,
+                      next,  scratch, reinterpret_cast<typename F::Word*>(scratch + tiles)};
   switch (which) {
     case DecoderProduct::kQkv:
       return p.qkv(static_cast<float*>(to));
@@ -208,9 +238,15 @@ void decoder_pack(const Matrix& weight, int64_t outputs, int64_t depth, bool bfl
 }
 
 void decoder_multiply(const Decoder& m, DecoderProduct which, int64_t layer, const void* h,
-                      int64_t count, int64_t begin, int64_t end, void* to, void* scratch) {
+                      int64_t count, int64_t begin, int64_t end, const void* next, void* to,
+                      void* scratch) {
   (m.bfloat16 ? multiply<BFloat16Words> : multiply<Plain>)(m, which, layer, h, count, begin, end,
-                                                           to, static_cast<float*>(scratch));
+                                                           next, to, static_cast<float*>(scratch));
+}
+
+const void* decoder_panel(const Decoder& m, DecoderProduct which, int64_t layer, int64_t panel) {
+  return m.bfloat16 ? panel_of_weight<BFloat16Words>(m, which, layer, panel)
+                    : panel_of_weight<Plain>(m, which, layer, panel);
 }
 
 }  // namespace rlir::cpu::RLIR_ISA

@@ -149,7 +149,8 @@ class FrameChunk {
     const Rollout& rollout = f_.rollouts[r];
     const int64_t start = base(rollout);
     step_.members.push_back({step_.count(), 0, rollout.prompt, rollout.sequence, start,
-                             (rollout.context - start) / 2 * 2, nullptr, rollout.sequence});
+                             (rollout.context - start) / 2 * 2, nullptr, nullptr, 0,
+                             rollout.sequence});
   }
 
   void row(int64_t r, int64_t slot, int64_t position, int64_t embed, int64_t token,
@@ -170,9 +171,9 @@ class FrameChunk {
   }
 
   int64_t finish_step() {
+    step_.finish(f_.mask);
     for (size_t i = 0; i < step_.members.size(); ++i) {
       cpu::DecoderMember& member = step_.members[i];
-      member.reach = step_.reach.data() + member.first;
       if (i + 1 < step_.members.size()) member.next = step_.members[i + 1].sequence;
       GroupRun* run = step_.runs.empty() ? nullptr : &step_.runs.back();
       if (run != nullptr && run->prompt == member.prompt && run->tokens == member.count) {
@@ -194,11 +195,12 @@ class FrameChunk {
     }
     RLIR_CPU_KERNEL_AMX(decoder_norm)(m, m.last, w_.x(), 0, count, w_.h());
     float* logits = logits_->get<float>();
-    team_.each((m.codes + w_.sizes.panel - 1) / w_.sizes.panel, 4,
-               [&](int64_t begin, int64_t end, char* scratch) {
-                 RLIR_CPU_KERNEL_AMX(decoder_multiply)
-                 (m, cpu::DecoderProduct::kHead, 0, w_.h(), count, begin, end, logits, scratch);
-               });
+    split_product(p_, cpu::DecoderProduct::kHead, team_, cpu::DecoderProduct::kQkv, 0,
+                  [&](int64_t begin, int64_t end, const void* next, char* scratch) {
+                    RLIR_CPU_KERNEL_AMX(decoder_multiply)
+                    (m, cpu::DecoderProduct::kHead, 0, w_.h(), count, begin, end, next, logits,
+                     scratch);
+                  });
     std::atomic<int64_t> bad{-1};
     team_.each(count, 2, [&](int64_t begin, int64_t end, char* scratch) {
       for (int64_t i = begin; i < end; ++i) {

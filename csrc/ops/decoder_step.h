@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/scratch.h"
+#include "core/seen_bits.h"
 #include "cpu/group_decode_attention.h"
 #include "ops/attention_call.h"
 #include "ops/decoder.h"
@@ -23,6 +24,15 @@ struct Policy {
   int64_t action() const { return block - image; }
   cpu::DecoderSizes sizes_of(int64_t rows, int64_t capacity) const {
     return RLIR_CPU_KERNEL_AMX(decoder_sizes)(decoder, rows, capacity);
+  }
+  int64_t panels(cpu::DecoderProduct which) const {
+    using cpu::DecoderProduct;
+    const cpu::Decoder& m = decoder;
+    const int64_t outputs = which == DecoderProduct::kQkv ? (m.heads + 2 * m.kv_heads) * m.head_dim
+                            : which == DecoderProduct::kMlp  ? m.mlp
+                            : which == DecoderProduct::kHead ? m.codes
+                                                             : m.hidden;
+    return (outputs + sizes.panel - 1) / sizes.panel;
   }
   // x = embeddings of a token at a slot of its block, and what the stem says, or null.
   void embed(int64_t token, int64_t slot, const float* stem, float* x) const {
@@ -41,17 +51,78 @@ cpu::DecoderCache cache_of(const char* name, const Policy& p, const Tensor& k, c
 // k and v as rows.
 cpu::DecoderRows rows_of(const Policy& p, const Tensor& k, const Tensor& v);
 
+// Tasks of a thread, next to each other. It takes them from the front, others, when they are done
+// with theirs, from the back: so what follows a task in memory is what the thread asks for next.
+class Share {
+ public:
+  void set(int64_t begin, int64_t end) { ends_ = pack(begin, end); }
+  bool empty() const {
+    const uint64_t now = ends_;
+    return now >> 32 >= (now & 0xffffffff);
+  }
+  // A task, or -1.
+  int64_t front() {
+    return take([](uint64_t begin, uint64_t end) { return pack(begin + 1, end); },
+                [](uint64_t begin, uint64_t) { return begin; });
+  }
+  int64_t back() {
+    return take([](uint64_t begin, uint64_t end) { return pack(begin, end - 1); },
+                [](uint64_t, uint64_t end) { return end - 1; });
+  }
+
+ private:
+  static uint64_t pack(uint64_t begin, uint64_t end) { return begin << 32 | end; }
+  template <typename Left, typename Taken>
+  int64_t take(const Left& left, const Taken& taken) {
+    uint64_t now = ends_;
+    for (;;) {
+      const uint64_t begin = now >> 32, end = now & 0xffffffff;
+      if (begin >= end) return -1;
+      if (ends_.compare_exchange_weak(now, left(begin, end))) {
+        return static_cast<int64_t>(taken(begin, end));
+      }
+    }
+  }
+
+  alignas(64) std::atomic<uint64_t> ends_{0};
+};
+
 // Threads that share the tasks of a phase, or one.
 class Team {
  public:
   Team(bool parallel, int64_t scratch_bytes)
       : threads_(parallel ? static_cast<int64_t>(torch::stable::get_num_threads()) : 1),
         bytes_(round_up(scratch_bytes, 64)),
-        scratch_(threads_ * bytes_) {}
+        scratch_(threads_ * bytes_),
+        shares_(threads_) {}
 
   int64_t threads() const { return threads_; }
 
-  // Calls run(begin, end, scratch) until all tasks are done, about `shares` of them a thread.
+  // The first of a thread's share of `tasks`.
+  int64_t first(int64_t tasks, int64_t thread) const { return tasks * thread / threads_; }
+
+  // Calls run(begin, end, last of, scratch) until all tasks are done, each thread on a share of its
+  // own; `last of` is the thread if these are the last of its share, otherwise -1.
+  template <typename Run>
+  void split(int64_t tasks, const Run& run) const {
+    if (tasks <= 0) return;
+    if (threads_ == 1) return run(int64_t{0}, tasks, int64_t{0}, scratch_.get<char>());
+    for (int64_t t = 0; t < threads_; ++t) shares_[t].set(first(tasks, t), first(tasks, t + 1));
+    torch::stable::parallel_for(0, threads_, 1, [&](int64_t from, int64_t to) {
+      for (int64_t t = from; t < to; ++t) {
+        char* scratch = scratch_.get<char>() + t * bytes_;
+        for (int64_t i; (i = shares_[t].front()) >= 0;) {
+          run(i, i + 1, shares_[t].empty() ? t : -1, scratch);
+        }
+        for (int64_t other = 1; other < threads_; ++other) {
+          Share& share = shares_[(t + other) % threads_];
+          for (int64_t i; (i = share.back()) >= 0;) run(i, i + 1, int64_t{-1}, scratch);
+        }
+      }
+    });
+  }
+
+  // The same, but tasks go to whoever is free, about `shares` times a thread.
   template <typename Run>
   void each(int64_t tasks, int64_t shares, const Run& run) const {
     if (tasks <= 0) return;
@@ -70,6 +141,7 @@ class Team {
  private:
   int64_t threads_, bytes_;
   Scratch scratch_;
+  mutable std::vector<Share> shares_;  // of the phase that runs
 };
 
 // Rollouts next to each other that continue one prompt, with as many rows each.
@@ -82,16 +154,53 @@ struct GroupRun {
 struct StepRows {
   std::vector<cpu::DecoderRow> rows;
   std::vector<Reach> reach;
+  std::vector<uint64_t> seen;
   std::vector<cpu::DecoderMember> members;
   std::vector<GroupRun> runs;
 
   void clear() {
     rows.clear();
     reach.clear();
+    seen.clear();
     members.clear();
     runs.clear();
   }
   int64_t count() const { return static_cast<int64_t>(rows.size()); }
+
+  // What rows see, for all layers, once all rows are there. Members that stand alike, as those of a
+  // group do, share it.
+  void finish(const AttentionMask& mask) {
+    std::vector<int64_t> begins;
+    for (size_t i = 0; i < members.size(); ++i) {
+      cpu::DecoderMember& member = members[i];
+      member.reach = reach.data() + member.first;
+      if (i > 0 && alike(members[i - 1], member)) {
+        member.words = members[i - 1].words;
+        begins.push_back(begins.back());
+        continue;
+      }
+      int64_t high = member.base;
+      for (int64_t j = 0; j < member.count; ++j) high = std::max(high, member.reach[j].high);
+      member.words = (high - member.base + cpu::kKeyBlock - 1) / cpu::kKeyBlock * kBlockWords;
+      begins.push_back(static_cast<int64_t>(seen.size()));
+      for (int64_t j = 0; j < member.count; ++j) {
+        seen.resize(seen.size() + member.words);
+        seen_bits(mask, member.reach[j], member.base, member.words,
+                  seen.data() + seen.size() - member.words);
+      }
+    }
+    for (size_t i = 0; i < members.size(); ++i) members[i].seen = seen.data() + begins[i];
+  }
+
+ private:
+  static constexpr int64_t kBlockWords = cpu::kKeyBlock / 64;
+
+  static bool alike(const cpu::DecoderMember& a, const cpu::DecoderMember& b) {
+    return a.base == b.base && a.count == b.count &&
+           std::equal(a.reach, a.reach + a.count, b.reach, [](const Reach& x, const Reach& y) {
+             return x.low == y.low && x.high == y.high && x.own == y.own && x.tau == y.tau;
+           });
+  }
 };
 
 // Work space of up to `rows` rows.
@@ -140,6 +249,20 @@ class Workspace {
   Scratch x_, h_, a_, qkv_, q_, raw_, merged_, states_;
 };
 
+// Calls run(begin, end, next, scratch) for the panels of a product; `then` is the product after it.
+template <typename Run>
+void split_product(const Policy& p, cpu::DecoderProduct which, const Team& team,
+                   cpu::DecoderProduct then, int64_t then_layer, const Run& run) {
+  const auto panel = RLIR_CPU_KERNEL_AMX(decoder_panel);
+  team.split(p.panels(which), [&](int64_t begin, int64_t end, int64_t last_of, char* scratch) {
+    const void* next = nullptr;
+    if (last_of >= 0) {
+      next = panel(p.decoder, then, then_layer, team.first(p.panels(then), last_of));
+    }
+    run(begin, end, next, scratch);
+  });
+}
+
 // One pass of `count` rows of w.x() through all layers; attend(layer) reads w.qkv() and writes the
 // attention's results as activations to w.h().
 template <typename Attend>
@@ -155,22 +278,24 @@ void run_layers(const Policy& p, const Workspace& w, int64_t count, const Team& 
       kernel(m, weight, w.x(), begin, end, w.h());
     });
   };
-  const auto product = [&](DecoderProduct which, int64_t layer, int64_t outputs, const void* from,
-                           void* to) {
-    team.each((outputs + w.sizes.panel - 1) / w.sizes.panel, 4,
-              [&](int64_t begin, int64_t end, char* scratch) {
-                multiply(m, which, layer, from, count, begin, end, to, scratch);
-              });
+  const auto product = [&](DecoderProduct which, int64_t layer, const void* from, void* to,
+                           DecoderProduct then, int64_t then_layer) {
+    split_product(p, which, team, then, then_layer,
+                  [&](int64_t begin, int64_t end, const void* next, char* scratch) {
+                    multiply(m, which, layer, from, count, begin, end, next, to, scratch);
+                  });
   };
   for (int64_t layer = 0; layer < m.layers; ++layer) {
     const float* norms = m.norms + 2 * layer * w.sizes.x;
     norm(norms);
-    product(DecoderProduct::kQkv, layer, (m.heads + 2 * m.kv_heads) * m.head_dim, w.h(), w.qkv());
+    product(DecoderProduct::kQkv, layer, w.h(), w.qkv(), DecoderProduct::kOut, layer);
     attend(layer);
-    product(DecoderProduct::kOut, layer, m.hidden, w.h(), w.x());
+    product(DecoderProduct::kOut, layer, w.h(), w.x(), DecoderProduct::kMlp, layer);
     norm(norms + w.sizes.x);
-    product(DecoderProduct::kMlp, layer, m.mlp, w.h(), w.a());
-    product(DecoderProduct::kDown, layer, m.hidden, w.a(), w.x());
+    product(DecoderProduct::kMlp, layer, w.h(), w.a(), DecoderProduct::kDown, layer);
+    const bool ends = layer + 1 == m.layers;
+    product(DecoderProduct::kDown, layer, w.a(), w.x(),
+            ends ? DecoderProduct::kHead : DecoderProduct::kQkv, ends ? 0 : layer + 1);
   }
 }
 
@@ -270,7 +395,7 @@ inline void run_step(const Policy& p, const DecoderCaches& caches, const Attenti
         const int64_t member = i / m.kv_heads, head = i % m.kv_heads;
         const GroupRun& run = step.runs[run_of[member]];
         RLIR_CPU_KERNEL_AMX(decoder_attend)
-        (m, mask, layer, caches.tails, caches.own, step.members[member], head, w.q(),
+        (m, layer, caches.tails, caches.own, step.members[member], head, w.q(),
          run.blocks > 0 ? state_of(run, head, member - run.member) : nullptr, w.merged(), scratch);
       }
     });

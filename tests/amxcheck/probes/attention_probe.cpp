@@ -1,5 +1,8 @@
 // Attention of one slot by the cache of the rollout engine and by a panel, in float32, for ctypes.
 // Both in the order of cpu/video_attention.h: they must have the same bits.
+#include <vector>
+
+#include "core/seen_bits.h"
 #include "cpu/attention.h"
 #include "cpu/cache_attention.h"
 
@@ -17,8 +20,9 @@ EXPORT void by_cache(float* out, const uint32_t* q, const uint16_t* raw, int64_t
                      float scale, float* scratch, float* panel) {
   const ProductScope<Pairs> scope;
   const rlir::Reach reach{.low = 0, .high = slots, .own = slots, .tau = 0};
-  const rlir::AttentionMask mask{};
   const int64_t base = shared / kKeyBlock * kKeyBlock, stride = round_up(dim, 16);
+  std::vector<uint64_t> seen(round_up(slots - base, kKeyBlock) / 64);
+  rlir::seen_bits({}, reach, base, static_cast<int64_t>(seen.size()), seen.data());
   VideoAttention a{};
   a.bfloat16 = true;
   a.dim = dim;
@@ -31,7 +35,7 @@ EXPORT void by_cache(float* out, const uint32_t* q, const uint16_t* raw, int64_t
   attend_blocks(&p, 1, a, 0, base / kKeyBlock);
   CacheQuery<Pairs> all[kPanel];
   for (int64_t j = 0; j < queries; ++j) {
-    all[j] = {q + j * stride, &reach, out + j * stride, {}};
+    all[j] = {q + j * stride, &reach, seen.data(), out + j * stride, {}};
     begin_query(all[j], nullptr, dim);
     if (base == 0) continue;
     all[j].softmax = {p.maximum[j], p.l[j]};
@@ -39,7 +43,7 @@ EXPORT void by_cache(float* out, const uint32_t* q, const uint16_t* raw, int64_t
   }
   const CacheHead<Pairs> head{tail_k, tail_v, own_k,         own_v,   own_k,
                               own_v,  base,   shared - base, capacity};
-  attend_queries<Pairs>(all, queries, head, mask, dim, scale, scratch);
+  attend_queries<Pairs>(all, queries, head, dim, scale, scratch);
   for (int64_t j = 0; j < queries; ++j) {
     for (int64_t d = 0; d < dim; ++d) out[j * stride + d] *= 1.0f / all[j].softmax.l;
   }

@@ -180,12 +180,13 @@ inline void attend_tiles(CacheQuery<F>* const* queries, int64_t count, const Cac
   auto *weights = reinterpret_cast<uint32_t*>(scratch + space.weights),
        *rows = reinterpret_cast<uint32_t*>(scratch + space.q),
        *copies = reinterpret_cast<uint32_t*>(scratch + space.copies);
-  // Rows without a query are zeros, and so are q and weights where a tile goes on.
-  __builtin_memset(weights, 0, sizeof(float) * static_cast<uint64_t>(space.copies - space.weights));
+  // Zeros where a tile goes on. What is in rows without a query gets into no other.
+  __builtin_memset(weights, 0, sizeof(uint32_t) * static_cast<uint64_t>(count * kPairs));
   float* row[kTile];
   for (int64_t j = 0; j < count; ++j) {
-    __builtin_memcpy(rows + j * space.words, queries[j]->q,
-                     sizeof(uint32_t) * static_cast<uint64_t>(words));
+    uint32_t* to = rows + j * space.words;
+    __builtin_memset(to + words, 0, sizeof(uint32_t) * static_cast<uint64_t>(space.words - words));
+    __builtin_memcpy(to, queries[j]->q, sizeof(uint32_t) * static_cast<uint64_t>(words));
     row[j] = scores + j * kScoreRow;
   }
   memory_is_written();

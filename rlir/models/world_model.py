@@ -185,14 +185,10 @@ class Attention(nn.Module):
         self.qkv_proj = Projection(config.hidden, width)
         self.o_proj = Projection(config.hidden, config.hidden)
 
-    def heads_of(self, x: Tensor) -> Tensor:
-        """Queries, keys and values as they leave their product, float32 [B, T, H + 2 Hkv, d]."""
-        heads: Tensor = self.qkv_proj(x).unflatten(-1, (-1, self.dim))
-        return heads
-
     def project(self, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated q [B, T, H, d], rotated k and plain v [B, T, Hkv, d], in the operands' dtype."""
-        qk, v = self.heads_of(x).split([self.heads + self.kv_heads, self.kv_heads], 2)
+        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.dim))
+        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], 2)
         dtype = operand_dtype(self.qkv_proj.weight)
         q, k = rotary(qk, *table).to(dtype).split([self.heads, self.kv_heads], 2)
         return q, k, v.to(dtype)

@@ -257,7 +257,8 @@ class Stepper:
         ):
             attention = layer.self_attn
             parts = [attention.heads, attention.kv_heads, attention.kv_heads]
-            q, k, v = attention.heads_of(layer.input_layernorm(x)).split(parts, 2)
+            heads = attention.qkv_proj(layer.input_layernorm(x)).unflatten(-1, (-1, attention.dim))
+            q, k, v = heads.split(parts, 2)
             q = rotary_append_(q, k, v, cos, sin, suffix[0], suffix[1], own)
             out = group_decode_attention(
                 *(q, *prefix, *suffix),

@@ -105,12 +105,16 @@ class GrpoTrainer:
         count = self.config.kept or len(weight)
         return weight.argsort(descending=True, stable=True)[:count].sort().values
 
-    def order(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """Rows as the update takes them: groups in random order, so that minibatches are of other
-        prompts at every step, and the members of a group together, so that they share its prompt.
+    def minibatches(self, rows: Tensor, generator: torch.Generator) -> list[Tensor]:
+        """Rows as the update takes them: each minibatch has its share of every group, drawn at
+        random, so that all go uphill for all prompts; in it the members of a group are together, so
+        that they share its prompt.
         """
+        rows = rows[torch.randperm(len(rows), generator=generator)]
         turn = torch.randperm(self.config.prompts, generator=generator)
-        return rows[turn[rows // self.config.group_size].argsort(stable=True)]
+        rows = rows[turn[rows // self.config.group_size].argsort(stable=True)]
+        count = self.config.minibatches
+        return [rows[first::count] for first in range(count)]
 
     def roll_out(self, generator: torch.Generator) -> tuple[Trajectories, Reward, Tensor]:
         """Rollouts, their reward and the prompts' starts."""
@@ -243,13 +247,13 @@ class GrpoTrainer:
         advantages = self.advantages(reward)
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(self.step)
-        order = self.order(self.kept(advantages), generator)
-        old_logprob = self._old_logprob(rollouts, order)
+        minibatches = self.minibatches(self.kept(advantages), generator)
+        old_logprob = self._old_logprob(rollouts, torch.cat(minibatches))
         statistics: list[LossStatistics] = []
         parities: list[Parity] = []
         norms: list[float] = []
-        with span("update", len(order)):
-            for rows in order.chunk(config.minibatches):
+        with span("update", sum(map(len, minibatches))):
+            for rows in minibatches:
                 self.optimizer.zero_grad(set_to_none=True)
                 with span("update.minibatch", len(rows)):
                     seen, parity = self._minibatch(rows, rollouts, old_logprob, advantages)

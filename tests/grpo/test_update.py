@@ -131,14 +131,21 @@ def test_rollouts_that_cannot_be(settings: dict, line: str) -> None:
         GrpoConfig(**{**SMALL, **settings})
 
 
-def test_members_of_a_group_are_updated_on_together(clips: Clips) -> None:
-    trainer = toy(clips, prompts=4, group_size=3, kept=9)
-    rows = torch.tensor([0, 1, 2, 3, 5, 7, 9, 10, 11])
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_each_minibatch_has_its_share_of_every_group(clips: Clips, count: int) -> None:
+    trainer = toy(clips, prompts=4, group_size=6, kept=14, minibatches=count)
+    rows = torch.tensor([0, 1, 2, 3, 4, 5, 6, 8, 13, 18, 19, 20, 21, 22])
+    sizes = {0: 6, 1: 2, 2: 1, 3: 5}
     seen = set()
     for seed in range(20):
-        order = trainer.order(rows, torch.Generator().manual_seed(seed))
-        assert order.sort().values.equal(rows)
-        groups, sizes = (order // 3).unique_consecutive(return_counts=True)
-        assert sizes.tolist() == [{0: 3, 1: 2, 2: 1, 3: 3}[int(g)] for g in groups]
-        seen.add(tuple(groups.tolist()))
-    assert len(seen) > 8, "groups take turns"
+        found = trainer.minibatches(rows, torch.Generator().manual_seed(seed))
+        assert len(found) == count
+        assert torch.cat(found).sort().values.equal(rows)
+        assert {len(x) - len(rows) // count for x in found} <= {0, 1}
+        for part in found:
+            groups, members = (part // 6).unique_consecutive(return_counts=True)
+            assert len(groups) == len(groups.unique()), "members of a group are together"
+            for group, n in zip(groups.tolist(), members.tolist(), strict=True):
+                assert abs(n - sizes[group] / count) < 1
+        seen.add(tuple(torch.cat(found).tolist()))
+    assert len(seen) > 8, "who is in which minibatch changes"

@@ -2,6 +2,8 @@
 
 import re
 import struct
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,13 +16,11 @@ from cudacheck.probing import aligned
 from cudacheck.ptxsim import run
 from rlir.ops import rotary, rotary_append_
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
+from rotary_cases import KINDS
+
 FOLDER = toolkit.CSRC / "cuda"
 DTYPES = {torch.float32: 1, torch.bfloat16: 2}
-KINDS = {
-    "float32": (torch.float32, torch.float32),
-    "bfloat16": (torch.bfloat16, torch.bfloat16),
-    "float32 to bfloat16": (torch.float32, torch.bfloat16),
-}
 archs = pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 layouts = pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])

@@ -115,21 +115,28 @@ inline bool mask_stand_in(const AttentionMask& mask, const PanelReach& r, int64_
   return any_lane(any);
 }
 
+// Whether all lanes see all slots of a block.
+inline bool seen_by_all(const AttentionMask& mask, const PanelReach& r, int64_t start,
+                        int64_t count) {
+  return r.seen_by_all(start, start + count) &&
+         (mask.kind != MaskKind::kRefreshed || next_stand_in(mask, start) >= start + count);
+}
+
 // Masks the scores of a block. Returns false if all lanes see all of it: then nothing was done.
 inline bool mask_scores(const AttentionMask& mask, const PanelReach& r, int64_t start,
                         int64_t count, int used, float* scores, bool* seen) {
+  if (seen_by_all(mask, r, start, count)) return false;
   const bool all = r.seen_by_all(start, start + count);
   if (mask.kind != MaskKind::kRefreshed) {
-    if (!all) mask_slots<false>(mask, r, start, count, used, scores, seen);
-    return !all;
+    mask_slots<false>(mask, r, start, count, used, scores, seen);
+    return true;
   }
-  int64_t stand_in = next_stand_in(mask, start);
-  if (all && stand_in >= start + count) return false;
   if (all) {
     for (int64_t k = 0; k < count; ++k) seen[k] = true;
   } else {
     mask_slots<true>(mask, r, start, count, used, scores, seen);
   }
+  int64_t stand_in = next_stand_in(mask, start);
   for (; stand_in < start + count; stand_in = next_stand_in(mask, stand_in + 1)) {
     const int64_t k = stand_in - start;
     seen[k] = mask_stand_in(mask, r, stand_in, used, scores + k * kPanel);

@@ -11,42 +11,30 @@
 // Internal linkage: compiled once per instruction set.
 #pragma once
 
-#include "core/exp2.h"
 #include "core/reach.h"
 #include "cpu/decoder.h"
-#include "cpu/softmax.h"
+#include "cpu/slot_lanes.h"
 #include "cpu/video_attention.h"
-#include "cpu/words.h"
 
 namespace rlir::cpu {
 namespace {  // nothing here may be shared between instruction sets
 
+// Groups of 16 slots at a time.
 #if defined(__AVX512F__)
-constexpr int kScoreBlocks = 4;   // 16 slots each, at a time
-constexpr int kValueVectors = 4;  // vectors of d at a time
+constexpr int kScoreBlocks = 4;
 #elif defined(__AVX2__) && defined(__FMA__)
 constexpr int kScoreBlocks = 2;
-constexpr int kValueVectors = 4;
 #else
 constexpr int kScoreBlocks = 1;
-constexpr int kValueVectors = 4;
 #endif
 constexpr int64_t kKeyGroup = 64;  // slots whose keys lie together: [words of d][64]
-constexpr int64_t kScoreRow = kKeyBlock;
+
 // A block's slots of one head of one sequence, `k` and `v` at its first one, and what is asked of
 // memory meanwhile: the same places of what is read next (of the block itself where nothing is).
 template <typename F>
 struct KeyBlock {
   const typename F::Word *k, *v, *next_k, *next_v;
 };
-
-template <int kVectors16>
-inline void ask_for(const void* x) {  // whole lines of 64 bytes
-#pragma GCC unroll 4
-  for (int i = 0; i < kVectors16; ++i) {
-    __builtin_prefetch(static_cast<const char*>(x) + 64 * i, 0, 2);
-  }
-}
 
 // Not inlined: amid other code the compiler runs out of registers and spills in the loop.
 template <typename F, int kQueries, int kBlocks>
@@ -97,73 +85,6 @@ inline void scores_of(float* const* scores, const typename F::Word* const* q,
   }
 }
 
-template <typename F, int kQueries, int kUsed>
-__attribute__((noinline)) void value_lanes(float* const* out,
-                                           const typename F::Word* const* weights,
-                                           const typename F::Word* v, const typename F::Word* next,
-                                           int64_t words, int64_t stride) {
-  Vf sums[kQueries][kUsed];
-#pragma GCC unroll 2
-  for (int j = 0; j < kQueries; ++j) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kUsed; ++i) sums[j][i] = load_vector(out[j] + i * kWidth);
-  }
-  for (int64_t w = 0; w < words; ++w) {
-    typename F::Lanes lanes[kUsed];
-    ask_for<(kUsed + kPer16 - 1) / kPer16>(next + w * stride);
-#pragma GCC unroll 4
-    for (int i = 0; i < kUsed; ++i) lanes[i] = F::load_lanes(v + w * stride + i * kWidth);
-#pragma GCC unroll 2
-    for (int j = 0; j < kQueries; ++j) {
-      const typename F::Lanes value = F::broadcast(weights[j] + w);
-#pragma GCC unroll 4
-      for (int i = 0; i < kUsed; ++i) sums[j][i] = F::multiply_add(lanes[i], value, sums[j][i]);
-    }
-  }
-#pragma GCC unroll 2
-  for (int j = 0; j < kQueries; ++j) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kUsed; ++i) store_vector(out[j] + i * kWidth, sums[j][i]);
-  }
-}
-
-// out[j][0 .. stride) += weights[j] v, a chain over `words` words of positions.
-template <typename F, int kQueries>
-inline void add_values(float* const* out, const typename F::Word* const* weights,
-                       const typename F::Word* values, const typename F::Word* next_values,
-                       int64_t words, int64_t stride) {
-  for (int64_t lane = 0; lane < stride; lane += kValueVectors * kWidth) {
-    float* at[kQueries];
-    for (int j = 0; j < kQueries; ++j) at[j] = out[j] + lane;
-    const auto *v = values + lane, *next = next_values + lane;
-    switch (at_most((stride - lane) / kWidth, kValueVectors)) {
-      case 4:
-        value_lanes<F, kQueries, 4>(at, weights, v, next, words, stride);
-        break;
-      case 3:
-        value_lanes<F, kQueries, 3>(at, weights, v, next, words, stride);
-        break;
-      case 2:
-        value_lanes<F, kQueries, 2>(at, weights, v, next, words, stride);
-        break;
-      default:
-        value_lanes<F, kQueries, 1>(at, weights, v, next, words, stride);
-    }
-  }
-}
-
-inline float fold_sums(const Vf* sums) {
-  float lanes[16];
-  for (int part = 0; part < kPer16; ++part) store_vector(lanes + part * kWidth, sums[part]);
-  fold_lanes(lanes);
-  return lanes[0];
-}
-
-// A query's softmax so far.
-struct RunningSoftmax {
-  float maximum, l;
-};
-
 // A query on its way: q [d padded to 16], sums [d padded to 16], which are out times l.
 template <typename F>
 struct CacheQuery {
@@ -173,35 +94,6 @@ struct CacheQuery {
   float* sums;
   RunningSoftmax softmax;
 };
-
-// Weights, as words, of a block's scores [count padded to 16], which are -infinity beyond its end.
-// Returns what earlier sums are to be multiplied by.
-template <typename F>
-inline float weights_of(typename F::Word* weights, const float* scores, int64_t count, float scale,
-                        RunningSoftmax& softmax) {
-  constexpr int kDegree = F::kPerWord == 2 || F::kSwapped ? 4 : 6;
-  Vf best = splat(minus_infinity());
-  for (int64_t i = 0; i < count; i += kWidth) best = max(load_vector(scores + i), best);
-  float m = best[0];
-  for (int i = 1; i < kWidth; ++i) m = best[i] > m ? best[i] : m;
-  m *= scale;
-  const float before = softmax.maximum, now = m > before ? m : before;
-  const float reference = now == minus_infinity() ? 0.0f : now;
-  const float factor = before == now ? 1.0f : exp2_weight<6>(splat(before - reference))[0];
-  Vf sums[kPer16] = {};
-  for (int64_t i = 0; i < count; i += 16) {
-#pragma GCC unroll 4
-    for (int part = 0; part < kPer16; ++part) {
-      const int64_t at = i + part * kWidth;
-      const Vf e =
-          exp2_weight<kDegree>(fma(load_vector(scores + at), splat(scale), splat(-reference)));
-      sums[part] += e;
-      F::put(weights, at, F::rounded(e));
-    }
-  }
-  softmax = {now, __builtin_fmaf(softmax.l, factor, fold_sums(sums))};
-  return factor;
-}
 
 // Whether a query sees any of a block's slots.
 inline bool sees_block(const Reach& r, int64_t start, int64_t count) {
@@ -217,13 +109,6 @@ inline void begin_query(CacheQuery<F>& query, const float* state, int64_t dim) {
   if (state == nullptr) return;
   query.softmax = {state[0], state[1]};
   __builtin_memcpy(query.sums, state + 2, sizeof(float) * static_cast<uint64_t>(dim));
-}
-
-inline void rescale(float* sums, float factor, int64_t padded) {
-  if (factor == 1.0f) return;
-  for (int64_t i = 0; i < padded; i += kWidth) {
-    store_vector(sums + i, load_vector(sums + i) * splat(factor));
-  }
 }
 
 // What a block consists of: the first `tail` slots are the prompt's, those up to `count` own.

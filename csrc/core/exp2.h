@@ -19,7 +19,11 @@ RLIR_ANYWHERE static inline Vf exp2_weight(Vf t) {
   static_assert(kDegree == 4 || kDegree == 6);
   constexpr float kRounder = 0x1.8p23f;
   const Vf shifted = t + splat(kRounder);
+#if defined(__AVX512DQ__) && !defined(RLIR_KERNEL_SOURCE)
+  const Vf r = (Vf)_mm512_maskz_reduce_ps(0xffff, (__m512)t, _MM_FROUND_NO_EXC);  // to nearest even
+#else
   const Vf r = t - (shifted - splat(kRounder));
+#endif
   Vf p;
   if constexpr (kDegree == 6) {
     p = fma(splat(0x1.41d334p-13f), r, splat(0x1.5f456ap-10f));
@@ -34,6 +38,14 @@ RLIR_ANYWHERE static inline Vf exp2_weight(Vf t) {
     p = fma(p, r, splat(0x1.62e0dcp-1f));
     p = fma(p, r, splat(0x1.ffffe8p-1f));
   }
+#if !defined(RLIR_KERNEL_SOURCE)
+  if constexpr (kDegree == 4) {
+    // n is added to the exponent of p. shifted is 1.5 2^23 + n, whose own bits leave at the top; so
+    // do a NaN's, which here comes from bfloat16: it ends in zeros.
+    const Vf weight = as_real(as_int(p) + shift_left(as_int(shifted), 23));
+    return select(t < splat(kLeastExponent), splat(0.0f), weight);
+  }
+#endif
   const Vf power = as_real(shift_left(as_int(shifted) - as_int(splat(kRounder)) + 127, 23));
   return select(t < splat(kLeastExponent), splat(0.0f), p * power);
 }

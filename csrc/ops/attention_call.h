@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <utility>
+#include <vector>
 
 #include "core/cpu_isa.h"
 #include "core/scratch.h"
@@ -101,6 +103,17 @@ void for_tasks(int64_t tasks, int64_t scratch_bytes, const Run& run) {
 
 inline int64_t blocks_of(int64_t slots) { return (slots + cpu::kKeyBlock - 1) / cpu::kKeyBlock; }
 
+// The blocks from the first to the last one that any of the queries sees: [first, second).
+inline std::pair<int64_t, int64_t> blocks_seen(const Reach* reach, int64_t queries) {
+  int64_t low = INT64_MAX, high = 0;
+  for (int64_t i = 0; i < queries; ++i) {
+    if (reach[i].low >= reach[i].high) continue;
+    low = std::min(low, reach[i].low / cpu::kKeyBlock);
+    high = std::max(high, blocks_of(reach[i].high));
+  }
+  return {std::min(low, high), high};
+}
+
 // Keys and values of units (a row's or a group's key head), packed where `panels` of queries, that
 // read each of a unit's `blocks`, are enough; some units after others, so that what is packed stays
 // small beside what is asked for.
@@ -131,14 +144,14 @@ class Packing {
   }
 
   // Packs units from `first` on; source(unit, index) is the call that has block number `index` of
-  // the unit, and which block of its keys that is.
+  // the unit, and which block of its keys that is: below 0 if no query sees it.
   template <typename Source>
   void pack(int64_t first, int64_t units, char* packed, const Source& source) const {
     if (packed == nullptr) return;
     const auto kernel = RLIR_CPU_KERNEL_AMX(pack_keys);
     for_tasks(units * blocks_, 0, [&](int64_t task, void*) {
       const auto [a, block] = source(first + task / blocks_, task % blocks_);
-      if (block * cpu::kKeyBlock >= a.keys.count[0] + a.keys.count[1]) return;
+      if (block < 0 || block * cpu::kKeyBlock >= a.keys.count[0] + a.keys.count[1]) return;
       kernel(a, block, block + 1, packed + task * block_);
     });
   }

@@ -55,10 +55,17 @@ std::tuple<Tensor, Tensor> video_attention_cpu(const Tensor& q_in, const Tensor&
     return a;
   };
   const auto kernel = RLIR_CPU_KERNEL_AMX(attend);
+  // Of a row's keys, only the blocks that a query sees are packed: in a window these are few.
+  std::vector<std::pair<int64_t, int64_t>> seen;
+  for (int64_t b = 0; b < s.batch; ++b) {
+    seen.push_back(blocks_seen(reach.data() + b * s.queries, s.queries));
+  }
   const Packing packing(s.batch * s.kv_heads, panels, blocks_of(s.keys), sizes);
   packing.each([&](int64_t first, int64_t units, char* packed) {
-    packing.pack(first, units, packed,
-                 [&](int64_t unit, int64_t index) { return std::pair(call_of(unit), index); });
+    packing.pack(first, units, packed, [&](int64_t unit, int64_t index) {
+      const auto [low, high] = seen[unit / s.kv_heads];
+      return std::pair(call_of(unit), low <= index && index < high ? index : -1);
+    });
     const int64_t together = packing.together(units), parts = (panels + together - 1) / together;
     for_tasks(units * parts, sizes.scratch, [&](int64_t task, void* scratch) {
       const int64_t unit = task / parts;
@@ -77,14 +84,10 @@ std::vector<int64_t> shares_of(const cpu::Queries& q, int64_t count) {
   const int64_t panels = (q.lanes() + cpu::kWidePanel - 1) / cpu::kWidePanel;
   std::vector<int64_t> work(panels + 1, 0);
   for (int64_t i = 0; i < panels; ++i) {
-    int64_t low = INT64_MAX, high = 0;
+    const int64_t row = i * cpu::kWidePanel / q.heads;
     const int64_t last = std::min((i + 1) * cpu::kWidePanel, q.lanes()) - 1;
-    for (int64_t row = i * cpu::kWidePanel / q.heads; row <= last / q.heads; ++row) {
-      if (q.reach[row].low >= q.reach[row].high) continue;
-      low = std::min(low, q.reach[row].low / cpu::kKeyBlock);
-      high = std::max(high, (q.reach[row].high + cpu::kKeyBlock - 1) / cpu::kKeyBlock);
-    }
-    work[i + 1] = work[i] + 1 + std::max<int64_t>(high - low, 0);
+    const auto [low, high] = blocks_seen(q.reach + row, last / q.heads - row + 1);
+    work[i + 1] = work[i] + 1 + high - low;
   }
   std::vector<int64_t> begins{0};
   for (int64_t i = 1; i < count; ++i) {

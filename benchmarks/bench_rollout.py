@@ -78,7 +78,7 @@ def least(
     return cost.seconds_of(passes, *rates)
 
 
-class PeerFailed(Exception):
+class PeerError(Exception):
     """A peer's process came to an end without a result."""
 
 
@@ -93,7 +93,7 @@ def peer(python: str, script: str, *options: object) -> dict[str, Any]:
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     if done.returncode:
-        raise PeerFailed(f"{script}: {done.stderr[-2000:]}")
+        raise PeerError(f"{script}: {done.stderr[-2000:]}")
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
 
@@ -113,7 +113,7 @@ def turns(
         for name in list(seen):
             try:
                 seen[name].append(candidates[name]())
-            except PeerFailed as failure:
+            except PeerError as failure:
                 print(f"  {name} is left out: {failure}", file=sys.stderr)
                 del seen[name]
                 continue
@@ -310,7 +310,7 @@ def main() -> None:
                     results.append((doom if row == "doom" else step)(options))
                 else:
                     results.append(mineworld(options, folder, 1 if row == "mineworld" else 16))
-            except PeerFailed as failure:
+            except PeerError as failure:
                 print(f"{row}: {failure}", file=sys.stderr)
                 failed += 1
     emit("rollout", {"machine": where, "results": results})

@@ -92,9 +92,10 @@ def peer(python: str, script: str, *options: object) -> dict[str, Any]:
         check=False,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
-    if done.returncode:
-        raise PeerError(f"{script}: {done.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        raise PeerError(f"{script} ended with {done.returncode}: {done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(lines[-1])
     return found
 
 
@@ -105,9 +106,10 @@ def timed(call: Callable[[], Trajectories]) -> tuple[float, Trajectories]:
 
 
 def turns(
-    candidates: dict[str, Callable[[], tuple[float, float]]], rounds: int
+    candidates: dict[str, Callable[[], tuple[float, float]]], rounds: int, failed: list[str]
 ) -> dict[str, tuple[float, float]]:
-    """Medians of (prefill, total) seconds; each candidate once a round. Who fails is left out."""
+    """Medians of (prefill, total) seconds; each candidate once a round. Who fails is left out,
+    and put down in ``failed``."""
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name in list(seen):
@@ -115,6 +117,7 @@ def turns(
                 seen[name].append(candidates[name]())
             except PeerError as failure:
                 print(f"  {name} is left out: {failure}", file=sys.stderr)
+                failed.append(name)
                 del seen[name]
                 continue
             print(f"  {name}: {seen[name][-1][1]:.2f} s", file=sys.stderr)
@@ -171,12 +174,12 @@ def mineworld(options: argparse.Namespace, folder: Path, prompts: int) -> dict[s
         candidates["vLLM"] = theirs(options.vllm, "generate_vllm.py", *room, *preload)
     if prompts == 1:
         candidates["engine, sequential"]()  # the first touches of everything
-        medians = turns(candidates, options.rounds)
+        medians = turns(candidates, options.rounds, options.failed)
         # Minutes, and far behind: once.
         plain = theirs(sys.executable, "generate_transformers.py", "--new-tokens", 8)
-        medians |= turns({"transformers": plain}, 1)
+        medians |= turns({"transformers": plain}, 1, options.failed)
     else:
-        medians = turns(candidates, 1)
+        medians = turns(candidates, 1, options.failed)
     sizes = {"groups": prompts, "group_size": GROUP, "context": CONTEXT, "frames": 1}
     ideal = {
         name: least(config, diagonal(2) if "diagonal" in name else sequential(), rates, **sizes)
@@ -303,7 +306,7 @@ def main() -> None:
     print("  ".join(f"{k} {v}" for k, v in where.items()))
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
-        results, failed = [], 0
+        options.failed, results = [], []
         for row in options.rows:
             try:
                 if row in ("doom", "step"):
@@ -312,9 +315,9 @@ def main() -> None:
                     results.append(mineworld(options, folder, 1 if row == "mineworld" else 16))
             except PeerError as failure:
                 print(f"{row}: {failure}", file=sys.stderr)
-                failed += 1
+                options.failed.append(row)
     emit("rollout", {"machine": where, "results": results})
-    sys.exit(1 if failed else 0)
+    sys.exit(1 if options.failed else 0)
 
 
 if __name__ == "__main__":

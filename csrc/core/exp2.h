@@ -13,41 +13,57 @@
 namespace rlir {
 
 constexpr float kLeastExponent = -100.0f;
+constexpr float kRounder = 0x1.8p23f;  // t + kRounder is 1.5 2^23 + round(t)
 
 template <int kDegree>
-RLIR_ANYWHERE static inline Vf exp2_weight(Vf t) {
+RLIR_ANYWHERE static inline Vf exp2_polynomial(Vf r) {
   static_assert(kDegree == 4 || kDegree == 6);
-  constexpr float kRounder = 0x1.8p23f;
-  const Vf shifted = t + splat(kRounder);
-#if defined(__AVX512DQ__) && !defined(RLIR_KERNEL_SOURCE)
-  const Vf r = (Vf)_mm512_maskz_reduce_ps(0xffff, (__m512)t, _MM_FROUND_NO_EXC);  // to nearest even
-#else
-  const Vf r = t - (shifted - splat(kRounder));
-#endif
-  Vf p;
   if constexpr (kDegree == 6) {
-    p = fma(splat(0x1.41d334p-13f), r, splat(0x1.5f456ap-10f));
+    Vf p = fma(splat(0x1.41d334p-13f), r, splat(0x1.5f456ap-10f));
     p = fma(p, r, splat(0x1.3b2dbcp-7f));
     p = fma(p, r, splat(0x1.c6aed4p-5f));
     p = fma(p, r, splat(0x1.ebfbdap-3f));
     p = fma(p, r, splat(0x1.62e430p-1f));
-    p = fma(p, r, splat(1.0f));
+    return fma(p, r, splat(1.0f));
   } else {
-    p = fma(splat(0x1.3997d6p-7f), r, splat(0x1.ca1440p-5f));
+    Vf p = fma(splat(0x1.3997d6p-7f), r, splat(0x1.ca1440p-5f));
     p = fma(p, r, splat(0x1.ec06dap-3f));
     p = fma(p, r, splat(0x1.62e0dcp-1f));
-    p = fma(p, r, splat(0x1.ffffe8p-1f));
+    return fma(p, r, splat(0x1.ffffe8p-1f));
   }
-#if !defined(RLIR_KERNEL_SOURCE)
-  if constexpr (kDegree == 4) {
-    // n is added to the exponent of p. shifted is 1.5 2^23 + n, whose own bits leave at the top; so
-    // do a NaN's, which here comes from bfloat16: it ends in zeros.
-    const Vf weight = as_real(as_int(p) + shift_left(as_int(shifted), 23));
-    return select(t < splat(kLeastExponent), splat(0.0f), weight);
-  }
-#endif
+}
+
+template <int kDegree>
+RLIR_ANYWHERE static inline Vf exp2_weight(Vf t) {
+  const Vf shifted = t + splat(kRounder);
+  const Vf p = exp2_polynomial<kDegree>(t - (shifted - splat(kRounder)));
   const Vf power = as_real(shift_left(as_int(shifted) - as_int(splat(kRounder)) + 127, 23));
   return select(t < splat(kLeastExponent), splat(0.0f), p * power);
+}
+
+#if defined(__AVX512DQ__) && !defined(RLIR_KERNEL_SOURCE)
+// The same bits in fewer steps, of degree 4, for the weights of a softmax in bfloat16: t is below
+// infinity, and a NaN has zeros in its last 9 bits, as those of bfloat16 have.
+static inline Vf softmax_weight(Vf t) {
+  typedef uint32_t Bits __attribute__((vector_size(sizeof(Vf))));
+  const auto nearest = (Vf)_mm512_maskz_reduce_ps(0xffff, (__m512)t, _MM_FROUND_NO_EXC);
+  const Vf p = exp2_polynomial<4>(nearest);  // of t - round(t), ties to even
+  // n goes to the exponent: what else is in the sum's bits is shifted out.
+  const Bits n = (Bits)(t + splat(kRounder)) << 23;
+  return select(t < splat(kLeastExponent), splat(0.0f), (Vf)((Bits)p + n));
+}
+#else
+RLIR_ANYWHERE static inline Vf softmax_weight(Vf t) { return exp2_weight<4>(t); }
+#endif
+
+// A softmax's weight, of a call in bfloat16 or in float32.
+template <bool kBFloat16>
+RLIR_ANYWHERE static inline Vf softmax_weight(Vf t) {
+  if constexpr (kBFloat16) {
+    return softmax_weight(t);
+  } else {
+    return exp2_weight<6>(t);
+  }
 }
 
 }  // namespace rlir

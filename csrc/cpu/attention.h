@@ -11,6 +11,8 @@
 namespace rlir::cpu {
 namespace {  // nothing here may be shared between instruction sets
 
+// A block of PackedKeys: keys lie together (as they are, their rows may fall on a few lines of the
+// first level cache), values are turned, and it is said whether these are finite.
 template <typename F>
 struct PackedBlock {
   using Word = typename F::Word;

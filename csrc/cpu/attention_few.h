@@ -157,6 +157,18 @@ struct SlotRows {
   }
 };
 
+// kWidth words of a row as they are: the call's dtype is that of its words.
+template <typename F>
+inline Vf row_words_at(const void* x) {
+  if constexpr (F::kSwapped) {
+    return __builtin_shuffle(load_values(x, Dtype::kBFloat16, 0), kLaneNumbers ^ 1);
+  } else {
+    Vf words;
+    __builtin_memcpy(&words, x, sizeof words);
+    return words;
+  }
+}
+
 // scores[j][0 .. kWidth) of the slots of kWidth rows.
 template <typename F, int kQueries>
 __attribute__((noinline)) void score_square(float* const* scores, const typename F::Word* const* q,
@@ -179,7 +191,7 @@ __attribute__((noinline)) void score_square(float* const* scores, const typename
   for (; d + kStep <= dim; d += kStep) {
 #pragma GCC unroll 16
     for (int i = 0; i < kWidth; ++i) {
-      square[i] = load_words<F>(element(kBFloat16, rows[i], d), kDtype);
+      square[i] = row_words_at<F>(element(kBFloat16, rows[i], d));
     }
     transpose(square);
     add(d / F::kPerWord, kWidth);
@@ -187,7 +199,7 @@ __attribute__((noinline)) void score_square(float* const* scores, const typename
   if (d < dim) {
     for (int i = 0; i < kWidth; ++i) {
       const Part<F::kPerWord> part(element(kBFloat16, rows[i], d), kDtype, dim - d);
-      square[i] = load_words<F>(part.data, kDtype);
+      square[i] = row_words_at<F>(part.data);
     }
     transpose(square);
     const int64_t w = d / F::kPerWord;

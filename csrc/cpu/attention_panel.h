@@ -164,7 +164,7 @@ template <typename F>
 __attribute__((noinline)) bool weigh_block(Panel<F>& p, int64_t count, float scale,
                                            float* factors) {
   using Word = typename F::Word;
-  constexpr int kDegree = Panel<F>::kBFloat16 ? 4 : 6;
+  constexpr bool kBFloat16 = Panel<F>::kBFloat16;
   bool grows = false;
   for (int lane = 0; lane < p.used * kWidth; lane += kWidth) {
     float* column = p.scores + lane;
@@ -190,9 +190,9 @@ __attribute__((noinline)) bool weigh_block(Panel<F>& p, int64_t count, float sca
 #pragma GCC unroll 8
         for (int j = 0; j < 16; j += 2) {
           const float* at = column + (k + j) * kPanel;
-          const Vf even = exp2_weight<kDegree>(fma(load_vector(at), splat(scale), -reference));
+          const Vf even = softmax_weight<kBFloat16>(fma(load_vector(at), splat(scale), -reference));
           const Vf odd =
-              exp2_weight<kDegree>(fma(load_vector(at + kPanel), splat(scale), -reference));
+              softmax_weight<kBFloat16>(fma(load_vector(at + kPanel), splat(scale), -reference));
           Word* to = reinterpret_cast<Word*>(column) + (k + j) / F::kPerWord * kPanel;
           put_pair<F>(to, kPanel, even, odd);
           sums[j] += even;
@@ -202,10 +202,10 @@ __attribute__((noinline)) bool weigh_block(Panel<F>& p, int64_t count, float sca
       }
       for (int j = 0; k + j < count; j += 2) {
         const float* at = column + (k + j) * kPanel;
-        const Vf even = exp2_weight<kDegree>(fma(load_vector(at), splat(scale), -reference));
+        const Vf even = softmax_weight<kBFloat16>(fma(load_vector(at), splat(scale), -reference));
         Vf odd = {};
         if (k + j + 1 < count) {
-          odd = exp2_weight<kDegree>(fma(load_vector(at + kPanel), splat(scale), -reference));
+          odd = softmax_weight<kBFloat16>(fma(load_vector(at + kPanel), splat(scale), -reference));
         }
         Word* to = reinterpret_cast<Word*>(column) + (k + j) / F::kPerWord * kPanel;
         put_pair<F>(to, kPanel, even, odd);
@@ -259,9 +259,6 @@ inline void add_values_apart(Panel<F>& p, const VideoAttention& a, int64_t start
     }
   }
 }
-
-// A block of PackedKeys: keys lie together (as they are, their rows may fall on a few lines of the
-// first level cache), values are turned, and it is said whether these are finite.
 
 }  // namespace
 }  // namespace rlir::cpu

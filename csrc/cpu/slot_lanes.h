@@ -98,7 +98,7 @@ struct RunningSoftmax {
 template <typename F>
 inline float weights_of(typename F::Word* weights, const float* scores, int64_t count, float scale,
                         RunningSoftmax& softmax) {
-  constexpr int kDegree = F::kPerWord == 2 || F::kSwapped ? 4 : 6;
+  constexpr bool kBFloat16 = F::kPerWord == 2 || F::kSwapped;
   Vf best = splat(minus_infinity());
   for (int64_t i = 0; i < count; i += kWidth) best = max(load_vector(scores + i), best);
   float m = best[0];
@@ -113,7 +113,7 @@ inline float weights_of(typename F::Word* weights, const float* scores, int64_t 
     for (int part = 0; part < kPer16; ++part) {
       const int64_t at = i + part * kWidth;
       const Vf e =
-          exp2_weight<kDegree>(fma(load_vector(scores + at), splat(scale), splat(-reference)));
+          softmax_weight<kBFloat16>(fma(load_vector(scores + at), splat(scale), splat(-reference)));
       sums[part] += e;
       F::put(weights, at, F::rounded(e));
     }

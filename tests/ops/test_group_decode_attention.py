@@ -336,6 +336,26 @@ def test_bits_do_not_depend_on_the_group(op: Backend, dtype: torch.dtype, p: int
 
 @native
 @dtypes
+@pytest.mark.parametrize("kind", ["far scores", "subnormal keys"])
+def test_bits_do_not_depend_on_how_many_queries(op: Backend, dtype: torch.dtype, kind: str) -> None:
+    """Weights from 1 down to an exact 0; keys below the normal numbers, which some builds flush."""
+    x = step(1, 1, 6, 140, 20, (6, 2), dtype=dtype)
+    if kind == "far scores":
+        x.q *= 300.0
+    else:
+        x.q *= 2.0**120
+        x.prefix_k *= 2.0**-126
+        x.suffix_k *= 2.0**-126
+    out = x.run(op)
+    assert out.isfinite().all()
+    _, _, positions = x.of_rollout(0)
+    for i in range(6):
+        one = replace(x, q=x.q[:, i : i + 1], q_positions=positions[i : i + 1])
+        assert one.run(op).equal(out[:, i : i + 1]), f"query {i} alone"
+
+
+@native
+@dtypes
 @pytest.mark.parametrize("refresh", [False, True])
 def test_diagonal_decoding_has_the_bits_of_the_trainer(
     op: Backend, dtype: torch.dtype, refresh: bool

@@ -63,54 +63,94 @@ struct SharedBlock {
   }
 };
 
-// Blocks [first, last) of those that the panels see, one after the other.
+// A block for panels that go over it one after the other; `ahead` is asked for meanwhile.
 template <typename F>
-inline void attend_blocks(Panel<F>* panels, int panel_count, const VideoAttention& a, int64_t first,
-                          int64_t last) {
-  int64_t begin = INT64_MAX, end = 0, high = 0;
+inline void attend_block(Panel<F>* panels, int panel_count, const VideoAttention& a, int64_t block,
+                         RowsAhead ahead) {
+  constexpr int64_t kTimes = (kKeyBlock + kRowsOf<F> - 1) / kRowsOf<F>;
+  const int64_t words = words_for<F>(a.dim), stride = round_up(a.dim, 16);
+  const int64_t start = block * kKeyBlock;
+  int64_t most = 0;
+  for (int i = 0; i < panel_count; ++i) {
+    const int64_t count = at_most(panels[i].reach.most_high - start, kKeyBlock);
+    most = count > most ? count : most;
+  }
+  SharedBlock<F> shared(a, block, most, panel_count > 1, panels[0].copy);
+  const int64_t pace = ahead.pace(panel_count * kTimes);
+  const auto ask = [&] { ahead.ask(pace); };
+  for (int i = 0; i < panel_count; ++i) {
+    Panel<F>& p = panels[i];
+    if (block < p.reach.first_block() || block >= p.reach.last_block()) continue;
+    const int64_t count = at_most(p.reach.most_high - start, kKeyBlock);
+    panel_product<F>(p.scores, shared.keys.first, shared.keys.stride, count, p.q, words,
+                     static_cast<int>(p.lanes), false, nullptr, ask);
+    bool seen[kKeyBlock];
+    const bool all = !mask_scores(a.mask, p.reach, start, count, p.used, p.scores, seen);
+    softmax_block<F>(p, count, a.dim, a.scale);
+    if (shared.values == nullptr && panel_count > 1) {
+      bool everything[kKeyBlock];
+      for (bool& x : everything) x = true;
+      shared.finite = pack_rows_of<F>(a, true, start, most, everything, p.values);
+      shared.values = p.values;
+    }
+    const typename F::Word* values = shared.values;
+    if (!shared.finite) {
+      // Rows that nobody sees are left out: they may be anything.
+      const bool finite = pack_rows_of<F>(a, true, start, count, all ? nullptr : seen, p.values);
+      if (!finite) {
+        add_values_apart<F>(p, a, start, count);
+        continue;
+      }
+      values = p.values;
+    }
+    add_columns<F>(p.sums, reinterpret_cast<const typename F::Word*>(p.scores), values, stride,
+                   words_of<F>(count, true), a.dim, p.used);
+  }
+}
+
+// Blocks [first, last) of those that the panels see, one after the other: panels of one key head
+// that go together, or of some key heads one each, with a call each. Then `after`, if not null, is
+// what the caller goes on with.
+template <typename F>
+inline void attend_blocks(Panel<F>* panels, int panel_count, const VideoAttention* calls, int heads,
+                          int64_t first, int64_t last, const KeysAfter* after = nullptr) {
+  int64_t begin = INT64_MAX, end = 0;
   for (int i = 0; i < panel_count; ++i) {
     const PanelReach& r = panels[i].reach;
     begin = r.first_block() < begin ? r.first_block() : begin;
     end = r.last_block() > end ? r.last_block() : end;
-    high = r.most_high > high ? r.most_high : high;
   }
   begin = first > begin ? first : begin;
   end = at_most(last, end);
-  if (panel_count == 1 && a.packed.part[0] == nullptr && are_few(panels[0], a.dim)) {
-    return attend_few<F>(panels[0], a, begin, end);
+  const VideoAttention& a = calls[0];
+  const bool packed = a.packed.part[0] != nullptr;
+  const auto ahead = [&](int64_t block, int head) -> RowsAhead {
+    const bool more = block + 1 < end;
+    if (packed || (!more && after == nullptr)) return {};
+    const KeySource& keys = more ? a.keys : after->keys;
+    return {Panel<F>::kBFloat16,
+            keys,
+            heads * a.dim,
+            more ? (block + 1) * kKeyBlock : after->start,
+            head,
+            heads};
+  };
+  if (panel_count == heads && !packed && are_few(panels[0], a.dim)) {
+    FewSpace<F> space;
+    FewQueries<F> few[kHeadsTogether];
+    for (int h = 0; h < heads; ++h) few[h].begin(panels[h], a.dim, space);
+    for (int64_t block = begin; block < end; ++block) {
+      for (int h = 0; h < heads; ++h) {
+        attend_few<F>(few[h], panels[h], calls[h], block, ahead(block, h));
+      }
+    }
+    for (int h = 0; h < heads; ++h) few[h].give_sums(panels[h]);
+    return;
   }
-  const int64_t words = words_for<F>(a.dim), stride = round_up(a.dim, 16);
+  const int each = panel_count / heads;
   for (int64_t block = begin; block < end; ++block) {
-    const int64_t start = block * kKeyBlock;
-    const int64_t most = at_most(high - start, kKeyBlock);
-    SharedBlock<F> shared(a, block, most, panel_count > 1, panels[0].copy);
-    for (int i = 0; i < panel_count; ++i) {
-      Panel<F>& p = panels[i];
-      if (block < p.reach.first_block() || block >= p.reach.last_block()) continue;
-      const int64_t count = at_most(p.reach.most_high - start, kKeyBlock);
-      panel_product<F>(p.scores, shared.keys.first, shared.keys.stride, count, p.q, words,
-                       static_cast<int>(p.lanes), false);
-      bool seen[kKeyBlock];
-      const bool all = !mask_scores(a.mask, p.reach, start, count, p.used, p.scores, seen);
-      softmax_block<F>(p, count, a.dim, a.scale);
-      if (shared.values == nullptr && panel_count > 1) {
-        bool everything[kKeyBlock];
-        for (bool& x : everything) x = true;
-        shared.finite = pack_rows_of<F>(a, true, start, most, everything, p.values);
-        shared.values = p.values;
-      }
-      const typename F::Word* values = shared.values;
-      if (!shared.finite) {
-        // Rows that nobody sees are left out: they may be anything.
-        const bool finite = pack_rows_of<F>(a, true, start, count, all ? nullptr : seen, p.values);
-        if (!finite) {
-          add_values_apart<F>(p, a, start, count);
-          continue;
-        }
-        values = p.values;
-      }
-      add_columns<F>(p.sums, reinterpret_cast<const typename F::Word*>(p.scores), values, stride,
-                     words_of<F>(count, true), a.dim, p.used);
+    for (int h = 0; h < heads; ++h) {
+      attend_block(panels + h * each, each, calls[h], block, ahead(block, h));
     }
   }
 }

@@ -6,6 +6,7 @@
 // Internal linkage: compiled once per instruction set.
 #pragma once
 
+#include "cpu/attention_ahead.h"
 #include "cpu/attention_panel.h"
 #include "cpu/slot_lanes.h"
 
@@ -64,26 +65,44 @@ inline void turn_four(const float* from, int64_t from_stride, float* to, int64_t
 }
 #endif
 
+// Scores and weights of a block, of one key head after the other.
+template <typename F>
+struct FewSpace {
+  static constexpr int kMost = kFew<F>, kRoom = kMost > kWidth ? kMost : kWidth;
+  alignas(64) float scores[kRoom][kScoreRow];
+  alignas(64) typename F::Word weights[kRoom][kKeyBlock / F::kPerWord];
+
+  FewSpace() {
+    if constexpr (kTiled<F>) __builtin_memset(weights, 0, sizeof weights);
+  }
+};
+
+// The queries of a key head.
 template <typename F>
 struct FewQueries {
   using Word = typename F::Word;
-  static constexpr int kMost = kFew<F>, kRoom = kMost > kWidth ? kMost : kWidth;
+  static constexpr int kMost = FewSpace<F>::kMost, kRoom = FewSpace<F>::kRoom;
   static constexpr int64_t kMostDim = kTiled<F> ? 256 : kChain;
 
   int count;
   int64_t dim, padded;
+  float (*scores)[kScoreRow];
+  Word (*weights)[kKeyBlock / F::kPerWord];
   alignas(64) Word q[kMost][kMostDim / F::kPerWord];
-  alignas(64) float scores[kRoom][kScoreRow];
-  alignas(64) Word weights[kRoom][kKeyBlock / F::kPerWord];
   alignas(64) float sums[kRoom][kMostDim];
   RunningSoftmax softmax[kMost];
 
-  FewQueries(const Panel<F>& p, int64_t d) : count(p.lanes), dim(d), padded(round_up(d, 16)) {
+  FewQueries() {}  // what `begin` does not write is not read
+  void begin(const Panel<F>& p, int64_t d, FewSpace<F>& space) {
+    count = p.lanes;
+    dim = d;
+    padded = round_up(d, 16);
+    scores = space.scores;
+    weights = space.weights;
     for (int j = 0; j < count; ++j) {
       for (int64_t w = 0; w < words_for<F>(dim); ++w) q[j][w] = p.q[w * kPanel + j];
       softmax[j] = {p.maximum[j], p.l[j]};
     }
-    if constexpr (kTiled<F>) __builtin_memset(weights, 0, sizeof weights);
     take_sums(p);
   }
 
@@ -276,43 +295,42 @@ inline void add_few(FewQueries<F>& few, const typename F::Word* values, int64_t 
   if (j < few.count) add_few<F, 1>(few, j, values, steps);
 }
 
-// attend_blocks of one panel, whose queries are few.
+// A block; `ahead` is asked for as it goes.
 template <typename F>
-inline void attend_few(Panel<F>& p, const VideoAttention& a, int64_t begin, int64_t end) {
+inline void attend_few(FewQueries<F>& few, Panel<F>& p, const VideoAttention& a, int64_t block,
+                       RowsAhead ahead) {
   constexpr bool kBFloat16 = Panel<F>::kBFloat16;
-  FewQueries<F> few(p, a.dim);
-  for (int64_t block = begin; block < end; ++block) {
-    const int64_t start = block * kKeyBlock;
-    const int64_t count = at_most(p.reach.most_high - start, kKeyBlock);
-    score_few(few, p, a, start, count);
-    const bool all = seen_by_all(a.mask, p.reach, start, count);
-    bool seen[kKeyBlock];
-    if (!all) {
-      if constexpr (!kTiled<F>) few.give_scores(p, count);
-      mask_scores(a.mask, p.reach, start, count, p.used, p.scores, seen);
-    }
-    if (kTiled<F> || !all) few.take_scores(p, count);
-    for (int j = 0; j < few.count; ++j) {
-      rescale(few.sums[j],
-              weights_of<F>(few.weights[j], few.scores[j], round_up(count, 16), a.scale,
-                            few.softmax[j]),
-              few.padded);
-    }
-    const SlotRows values(a.keys, kBFloat16, true, start, count);
-    const auto row_of = [&](int64_t k) -> const void* {
-      return k < count && (all || seen[k]) ? values[k] : nullptr;
-    };
-    const int64_t steps = words_of<F>(count, true);
-    if (!pack_pairs<F>(row_of, count, a.dim, !all, p.values)) {
-      few.give_weights(p, steps);
-      few.give_sums(p);
-      add_values_apart<F>(p, a, start, count);
-      few.take_sums(p);
-      continue;
-    }
-    add_few(few, p.values, steps);
+  const int64_t start = block * kKeyBlock;
+  const int64_t count = at_most(p.reach.most_high - start, kKeyBlock);
+  score_few(few, p, a, start, count);
+  const bool all = seen_by_all(a.mask, p.reach, start, count);
+  bool seen[kKeyBlock];
+  if (!all) {
+    if constexpr (!kTiled<F>) few.give_scores(p, count);
+    mask_scores(a.mask, p.reach, start, count, p.used, p.scores, seen);
   }
-  few.give_sums(p);
+  if (kTiled<F> || !all) few.take_scores(p, count);
+  for (int j = 0; j < few.count; ++j) {
+    rescale(
+        few.sums[j],
+        weights_of<F>(few.weights[j], few.scores[j], round_up(count, 16), a.scale, few.softmax[j]),
+        few.padded);
+  }
+  const SlotRows values(a.keys, kBFloat16, true, start, count);
+  const int64_t pace = ahead.pace(kKeyBlock / 2);
+  const auto row_of = [&](int64_t k) -> const void* {
+    if (k % 2 == 0) ahead.ask(pace);
+    return k < count && (all || seen[k]) ? values[k] : nullptr;
+  };
+  const int64_t steps = words_of<F>(count, true);
+  if (!pack_pairs<F>(row_of, count, a.dim, !all, p.values)) {
+    few.give_weights(p, steps);
+    few.give_sums(p);
+    add_values_apart<F>(p, a, start, count);
+    few.take_sums(p);
+    return;
+  }
+  add_few(few, p.values, steps);
 }
 
 }  // namespace

@@ -25,7 +25,7 @@ void prefix(const VideoAttention& a, int64_t first, int64_t count, int64_t block
   Panel<F> panels[kPanelsTogether];
   const int some = static_cast<int>(count);
   open<F>(panels, some, a, first, scratch);
-  attend_blocks(panels, some, a, 0, blocks);
+  attend_blocks(panels, some, &a, 1, 0, blocks);
   const int64_t size = decode_state(a.dim);
   for (int64_t j = 0; j < count; ++j) {
     const Panel<F>& p = panels[j];
@@ -43,28 +43,39 @@ void prefix(const VideoAttention& a, int64_t first, int64_t count, int64_t block
 }
 
 template <typename F>
-void suffix(const VideoAttention& a, int64_t first, int64_t count, int64_t blocks,
-            const float* state, float* scratch) {
-  const ProductScope<F> scope;
-  Panel<F> panels[kPanelsTogether];
-  const int some = static_cast<int>(count);
-  open<F>(panels, some, a, first, scratch);
-  const int64_t size = decode_state(a.dim);
-  for (int64_t j = 0; blocks > 0 && j < count; ++j) {
-    Panel<F>& p = panels[j];
-    for (int lane = 0; lane < p.lanes; lane += kWidth) {
-      const void* rows[kWidth] = {};
-      for (int i = lane; i < at_most(lane + kWidth, p.lanes); ++i) {
-        const float* from = state + ((first + j) * kPanel + i) * size;
-        p.maximum[i] = from[0];
-        p.l[i] = from[1];
-        rows[i - lane] = from + 2;
-      }
-      put_lanes<Plain>(p.sums, lane, rows, a.dim);
+void take_state(Panel<F>& p, const float* state, int64_t dim) {
+  const int64_t size = decode_state(dim);
+  for (int lane = 0; lane < p.lanes; lane += kWidth) {
+    const void* rows[kWidth] = {};
+    for (int i = lane; i < at_most(lane + kWidth, p.lanes); ++i) {
+      const float* from = state + i * size;
+      p.maximum[i] = from[0];
+      p.l[i] = from[1];
+      rows[i - lane] = from + 2;
     }
+    put_lanes<Plain>(p.sums, lane, rows, dim);
   }
-  attend_blocks(panels, some, a, blocks, INT64_MAX);
-  for (int64_t i = 0; i < count; ++i) finish(panels[i], a, (first + i) * kPanel);
+}
+
+template <typename F>
+void suffix(const MemberHeads& m, int64_t first, int64_t count, int64_t blocks, float* scratch) {
+  const ProductScope<F> scope;
+  const int64_t dim = m.calls[0].dim;
+  const bool several = m.heads > 1;
+  Panel<F> panels[kPanelsTogether];
+  const int some = static_cast<int>(several ? m.heads : count);
+  panels_at(panels, some, scratch, dim);
+  const auto call = [&](int i) -> const VideoAttention& { return m.calls[several ? i : 0]; };
+  const auto lane = [&](int i) { return several ? 0 : (first + i) * kPanel; };
+  for (int i = 0; i < some; ++i) {
+    load_queries(panels[i], call(i), lane(i));
+    clear_state(panels[i], dim);
+    if (blocks == 0) continue;
+    take_state(panels[i], m.state + (several ? i * m.state_stride : lane(i) * decode_state(dim)),
+               dim);
+  }
+  attend_blocks(panels, some, m.calls, static_cast<int>(m.heads), blocks, INT64_MAX, m.after);
+  for (int i = 0; i < some; ++i) finish(panels[i], call(i), lane(i));
 }
 
 }  // namespace
@@ -76,11 +87,11 @@ void decode_prefix(const VideoAttention& a, int64_t first, int64_t count, int64_
              : prefix<Plain>(a, first, count, blocks, state, space);
 }
 
-void decode_suffix(const VideoAttention& a, int64_t first, int64_t count, int64_t blocks,
-                   const float* state, void* scratch) {
+void decode_suffix(const MemberHeads& m, int64_t first, int64_t count, int64_t blocks,
+                   void* scratch) {
   float* space = static_cast<float*>(scratch);
-  a.bfloat16 ? suffix<BFloat16Words>(a, first, count, blocks, state, space)
-             : suffix<Plain>(a, first, count, blocks, state, space);
+  m.calls[0].bfloat16 ? suffix<BFloat16Words>(m, first, count, blocks, space)
+                      : suffix<Plain>(m, first, count, blocks, space);
 }
 
 }  // namespace rlir::cpu::RLIR_ISA

@@ -22,9 +22,17 @@ inline int64_t decode_state(int64_t dim) { return dim + 2; }
 using DecodePrefix = void(const VideoAttention& args, int64_t first, int64_t count, int64_t blocks,
                           float* state, void* scratch);
 // Those of the lanes of one member, whose states begin at `state`, from block `blocks` on, and the
-// results. With blocks = 0 the states are not looked at.
-using DecodeSuffix = void(const VideoAttention& args, int64_t first, int64_t count, int64_t blocks,
-                          const float* state, void* scratch);
+// results. With blocks = 0 the states are not looked at. Or one panel of each of `heads` key heads,
+// at most kHeadsTogether, with a call each and `state_stride` floats between their states.
+struct MemberHeads {
+  const VideoAttention* calls;
+  int64_t heads;
+  const float* state;
+  int64_t state_stride;
+  const KeysAfter* after;  // or null
+};
+using DecodeSuffix = void(const MemberHeads& args, int64_t first, int64_t count, int64_t blocks,
+                          void* scratch);
 
 #define RLIR_GROUP_DECODE_BUILD(isa) \
   namespace isa {                    \

@@ -74,9 +74,10 @@ struct PairFormat {
 #if defined(__AMX_BF16__)
 template <typename Format>
 constexpr bool kTiled = Format::kPerWord == 2;
+template <typename Between>
 inline void tile_product(float* c, const uint32_t* first, int64_t stride, int64_t count,
                          const uint32_t* panel, int64_t words, int lanes, bool more,
-                         const void* next);
+                         const void* next, const Between& between);
 #else
 template <typename Format>
 constexpr bool kTiled = false;
@@ -94,6 +95,14 @@ struct Ahead {
   const char* from;
   int64_t lines;
 };
+
+// What a caller does between the tiles of a product: nothing.
+struct NothingBetween {
+  void operator()() const {}
+};
+// Rows of a product's tile.
+template <typename Format>
+constexpr int kRowsOf = kTiled<Format> ? 32 : kRows;
 
 // One tile: c [kRows][kPanel], row stride kPanel; rows[j] point to `depth` words.
 template <typename Format, int kUsed>
@@ -156,12 +165,14 @@ inline void tile(int lanes, float* c, const typename Format::Word* const* rows,
 // c [count rounded up to kRowPad][kPanel] of rows first, first + 1, ... with `stride` words between
 // them, against one panel of `words` words. `more` adds to what c holds. `next`, if not null, is
 // the panel that the caller reads next: it is brought into the second level cache meanwhile.
-template <typename Format>
+// `between` is called before each kRowsOf rows.
+template <typename Format, typename Between = NothingBetween>
 inline void panel_product(float* c, const typename Format::Word* first, int64_t stride,
                           int64_t count, const typename Format::Word* panel, int64_t words,
-                          int lanes, bool more, const void* next = nullptr) {
+                          int lanes, bool more, const void* next = nullptr,
+                          const Between& between = {}) {
   if constexpr (kTiled<Format>) {
-    return tile_product(c, first, stride, count, panel, words, lanes, more, next);
+    return tile_product(c, first, stride, count, panel, words, lanes, more, next, between);
   } else {
     constexpr int64_t kLine = 64, kStep = kPanel * sizeof(typename Format::Word) / kLine;
     // So that the next panel is asked for by the time all tiles are done.
@@ -174,6 +185,7 @@ inline void panel_product(float* c, const typename Format::Word* first, int64_t 
     for (int64_t k = 0; k < words; k += kDepth) {
       const int64_t depth = at_most(kDepth, words - k);
       for (int64_t j = 0; j < count; j += kRows) {
+        between();
         const typename Format::Word* rows[kRows];
         for (int i = 0; i < kRows; ++i) {  // past the end: the last row again, into unused space
           rows[i] = first + at_most(j + i, count - 1) * stride + k;

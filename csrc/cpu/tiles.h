@@ -186,13 +186,15 @@ inline void tile_lanes(int lanes, float* c, TileStrides strides, const uint32_t*
 }
 
 // At most 3 tiles of lanes, any strides; otherwise as panel_product, which says what `more` is.
+template <typename Between = NothingBetween>
 inline void tile_product(float* c, TileStrides strides, const uint32_t* first, int64_t stride,
                          int64_t count, const uint32_t* panel, int64_t words, int lanes, bool more,
-                         Ahead ahead) {
+                         Ahead ahead, const Between& between = {}) {
   static_assert(kTileDepth % kTile == 0);
   for (int64_t k = 0; k < words; k += kTileDepth) {
     const int64_t depth = at_most(kTileDepth, words - k);
     for (int64_t j = 0; j < count; j += 2 * kTile) {
+      between();
       const int64_t left = at_most(2 * kTile, count - j);
       const auto kernel = left > kTile ? tile_lanes<true> : tile_lanes<false>;
       kernel(lanes, c + j * strides.c, strides, first + j * stride + k, stride, left,
@@ -202,9 +204,10 @@ inline void tile_product(float* c, TileStrides strides, const uint32_t* first, i
   }
 }
 
+template <typename Between>
 inline void tile_product(float* c, const uint32_t* first, int64_t stride, int64_t count,
                          const uint32_t* panel, int64_t words, int lanes, bool more,
-                         const void* next) {
+                         const void* next, const Between& between) {
   constexpr int64_t kLines = kTile * kPanel * sizeof(uint32_t) / kLine;  // of a panel, 16 words
   // So that the next panel is asked for by the time all rows are done.
   const int64_t turns = (count + 2 * kTile - 1) / (2 * kTile);
@@ -213,7 +216,8 @@ inline void tile_product(float* c, const uint32_t* first, int64_t stride, int64_
   if (words == 0 && !more) {
     __builtin_memset(c, 0, sizeof(float) * kPanel * round_up(count, kTile));
   }
-  tile_product(c, {kPanel, kPanel}, first, stride, count, panel, words, lanes, more, ahead);
+  tile_product(c, {kPanel, kPanel}, first, stride, count, panel, words, lanes, more, ahead,
+               between);
 }
 
 }  // namespace

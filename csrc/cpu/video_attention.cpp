@@ -25,7 +25,7 @@ void whole(const VideoAttention& a, int64_t first, int64_t count, float* scratch
     load_queries(panels[i], a, (first + i) * kPanel);
     clear_state(panels[i], a.dim);
   }
-  attend_blocks(panels, some, a, 0, INT64_MAX);
+  attend_blocks(panels, some, &a, 1, 0, INT64_MAX);
   for (int i = 0; i < some; ++i) finish(panels[i], a, (first + i) * kPanel);
 }
 

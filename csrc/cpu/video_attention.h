@@ -53,6 +53,12 @@ struct KeySource {
   int64_t count[2];
 };
 
+// A block that is read after those of a call.
+struct KeysAfter {
+  KeySource keys;
+  int64_t start;  // a slot
+};
+
 // Lane (member, token, head) of the queries that share these keys. Strides in elements.
 struct LaneStrides {
   int64_t member, token, head;
@@ -97,6 +103,9 @@ using AttentionSizesOf = AttentionSizes(bool bfloat16, int64_t dim);
 // Panels of the lanes from number `first` on, at most kPanelsTogether: they go over the keys
 // together, so that a block's values are turned once.
 inline constexpr int kPanelsTogether = 4;
+// Key heads whose rows lie beside each other, with a panel of queries each: a block after the
+// other, and in it a head after the other, so that memory is read in whole rows.
+inline constexpr int kHeadsTogether = kPanelsTogether;
 using AttendKernel = void(const VideoAttention& args, int64_t first, int64_t count, void* scratch);
 // Blocks [first, last) of args.keys to `to`.
 using PackKeys = void(const VideoAttention& args, int64_t first, int64_t last, char* to);

@@ -3,6 +3,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <initializer_list>
+
 #include "core/cpu_isa.h"
 #include "core/scratch.h"
 #include "cpu/group_decode_attention.h"
@@ -14,6 +16,20 @@ namespace {
 using torch::stable::Tensor;
 
 constexpr const char* kOp = "group_decode_attention";
+
+// How many key heads go together: those whose rows lie beside each other, as long as each thread
+// has tasks to choose from.
+int64_t heads_together(std::initializer_list<const HeadRows*> keys, const AttentionShape& s,
+                       int64_t threads) {
+  for (const HeadRows* x : keys) {
+    if (x->stride[2] != s.dim) return 1;
+  }
+  int64_t together = std::min<int64_t>(cpu::kHeadsTogether, s.kv_heads);
+  while (together > 1 && s.batch * ((s.kv_heads + together - 1) / together) < 2 * threads) {
+    together /= 2;
+  }
+  return together;
+}
 
 Tensor group_decode_attention_cpu(const Tensor& q_in, const Tensor& prefix_k_in,
                                   const Tensor& prefix_v_in, const Tensor& suffix_k_in,
@@ -93,13 +109,32 @@ Tensor group_decode_attention_cpu(const Tensor& q_in, const Tensor& prefix_k_in,
          });
   }
   const auto kernel = RLIR_CPU_KERNEL_AMX(decode_suffix);
-  each(s.batch * s.kv_heads, panels,
+  const auto own_call_of = [&](int64_t row, int64_t head) {
+    cpu::VideoAttention a = call_of(row / group_size, row, 1, head);
+    a.keys = two_segments(a.keys, one_segment(sk, sv, row, head, suffix[row]));
+    return a;
+  };
+  // Key heads a task.
+  const int64_t heads = panels > 1 ? 1 : heads_together({&pk, &pv, &sk, &sv}, s, all_threads());
+  const int64_t head_tasks = (s.kv_heads + heads - 1) / heads;
+  each(s.batch * head_tasks, panels,
        [&](int64_t unit, int64_t first, int64_t count, void* scratch) {
-         const int64_t row = unit / s.kv_heads, head = unit % s.kv_heads, group = row / group_size;
-         cpu::VideoAttention a = call_of(group, row, 1, head);
-         a.keys = two_segments(a.keys, one_segment(sk, sv, row, head, suffix[row]));
-         kernel(a, first, count, shared_blocks(group),
-                group_size > 1 ? state_of(group, head, row % group_size) : nullptr, scratch);
+         const int64_t row = unit / head_tasks, head = unit % head_tasks * heads;
+         const int64_t some = std::min(heads, s.kv_heads - head);
+         cpu::VideoAttention calls[cpu::kHeadsTogether];
+         for (int64_t i = 0; i < some; ++i) calls[i] = own_call_of(row, head + i);
+         const int64_t group = row / group_size;
+         const float* state = group_size > 1 ? state_of(group, head, row % group_size) : nullptr;
+         // What this thread may well go on with.
+         const int64_t next = unit + all_threads();
+         const bool more = next < s.batch * head_tasks;
+         cpu::KeysAfter after;
+         if (more) {
+           after = {own_call_of(next / head_tasks, next % head_tasks * heads).keys,
+                    shared_blocks(next / head_tasks / group_size) * cpu::kKeyBlock};
+         }
+         kernel({calls, some, state, group_size * lanes * state_size, more ? &after : nullptr},
+                first, count, shared_blocks(group), scratch);
        });
   return result;
 }

@@ -356,6 +356,23 @@ def test_bits_do_not_depend_on_how_many_queries(op: Backend, dtype: torch.dtype,
 
 @native
 @dtypes
+@pytest.mark.parametrize("queries", [1, 12])
+@pytest.mark.parametrize("heads", [(6, 6), (10, 5), (16, 4)])
+def test_bits_do_not_depend_on_heads_that_go_together(
+    op: Backend, dtype: torch.dtype, queries: int, heads: tuple
+) -> None:
+    """A thread goes over a block for all key heads that lie beside each other."""
+    x = step(3, 3, queries, 137, 290, heads, dtype=dtype, mask=causal(230), ragged=True)
+    x.suffix_v[2, 5:80, ::2] = torch.inf  # some queries see these, and some do not
+    names = ("prefix_k", "prefix_v", "suffix_k", "suffix_v")
+    apart = {n: getattr(x, n).transpose(1, 2).contiguous().transpose(1, 2) for n in names}
+    want = replace(x, **apart).run(op)
+    assert torch.equal(x.run(op).nan_to_num(7.0), want.nan_to_num(7.0))
+    assert want[:2].isfinite().all()
+
+
+@native
+@dtypes
 @pytest.mark.parametrize("refresh", [False, True])
 def test_diagonal_decoding_has_the_bits_of_the_trainer(
     op: Backend, dtype: torch.dtype, refresh: bool

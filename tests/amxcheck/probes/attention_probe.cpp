@@ -32,7 +32,7 @@ EXPORT void by_cache(float* out, const uint32_t* q, const uint16_t* raw, int64_t
   Panel<Pairs> p = panel_at<Pairs>(panel, dim);
   load_queries(p, a, 0);
   clear_state(p, dim);
-  attend_blocks(&p, 1, a, 0, base / kKeyBlock);
+  attend_blocks(&p, 1, &a, 1, 0, base / kKeyBlock);
   CacheQuery<Pairs> all[kPanel];
   for (int64_t j = 0; j < queries; ++j) {
     all[j] = {q + j * stride, &reach, seen.data(), out + j * stride, {}};
@@ -65,7 +65,7 @@ EXPORT void by_panel(float* out, const uint16_t* q, int64_t queries, const uint1
   Panel<Pairs> p = panel_at<Pairs>(scratch, dim);
   load_queries(p, a, 0);
   clear_state(p, dim);
-  attend_blocks(&p, 1, a, 0, INT64_MAX);
+  attend_blocks(&p, 1, &a, 1, 0, INT64_MAX);
   for (int64_t i = 0; i < queries; ++i) {
     const float inverse = 1.0f / p.l[i];
     for (int64_t d = 0; d < dim; ++d) out[i * dim + d] = p.sums[d * kPanel + i] * inverse;

@@ -127,13 +127,10 @@ inline void attend_blocks(Panel<F>* panels, int panel_count, const VideoAttentio
   const auto ahead = [&](int64_t block, int head) -> RowsAhead {
     const bool more = block + 1 < end;
     if (packed || (!more && after == nullptr)) return {};
-    const KeySource& keys = more ? a.keys : after->keys;
-    return {Panel<F>::kBFloat16,
-            keys,
-            heads * a.dim,
-            more ? (block + 1) * kKeyBlock : after->start,
-            head,
-            heads};
+    if (more) {
+      return {Panel<F>::kBFloat16, a.keys, heads * a.dim, (block + 1) * kKeyBlock, head, heads};
+    }
+    return {Panel<F>::kBFloat16, after->keys, after->heads * a.dim, after->start, head, heads};
   };
   if (panel_count == heads && !packed && are_few(panels[0], a.dim)) {
     FewSpace<F> space;

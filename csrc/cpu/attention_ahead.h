@@ -16,11 +16,13 @@ namespace {  // nothing here may be shared between instruction sets
 class RowsAhead {
  public:
   RowsAhead() {}  // nothing
-  // Share number `turn` of `turns` of the block at `start`, if that is a block of `keys`.
+  // Share number `turn` of `turns` of the block at `start`, if `keys` go that far. Of a block in
+  // which a prefix ends, the suffix's slots alone: the prefix's are what all rollouts of a group
+  // read.
   RowsAhead(bool bfloat16, const KeySource& keys, int64_t row_elements, int64_t start, int64_t turn,
             int64_t turns) {
     const int64_t end = at_most(start + kKeyBlock, keys.count[0] + keys.count[1]);
-    if (start < keys.count[0] && end > keys.count[0]) start = keys.count[0];  // or both are meant
+    if (start < keys.count[0] && end > keys.count[0]) start = keys.count[0];
     const int64_t share = (end - start + turns - 1) / turns;
     start += turn * share;
     if (start >= end) return;

@@ -92,7 +92,7 @@ struct FewQueries {
   alignas(64) float sums[kRoom][kMostDim];
   RunningSoftmax softmax[kMost];
 
-  FewQueries() {}  // what `begin` does not write is not read
+  FewQueries() {}  // what `begin` does not write reaches no result
   void begin(const Panel<F>& p, int64_t d, FewSpace<F>& space) {
     count = p.lanes;
     dim = d;
@@ -317,7 +317,7 @@ inline void attend_few(FewQueries<F>& few, Panel<F>& p, const VideoAttention& a,
         few.padded);
   }
   const SlotRows values(a.keys, kBFloat16, true, start, count);
-  const int64_t pace = ahead.pace(kKeyBlock / 2);
+  const int64_t pace = ahead.pace((count + 1) / 2);
   const auto row_of = [&](int64_t k) -> const void* {
     if (k % 2 == 0) ahead.ask(pace);
     return k < count && (all || seen[k]) ? values[k] : nullptr;

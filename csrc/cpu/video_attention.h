@@ -53,10 +53,11 @@ struct KeySource {
   int64_t count[2];
 };
 
-// A block that is read after those of a call.
+// A block that may well be read after those of a call: the one at slot `start`, of so many key
+// heads beside each other.
 struct KeysAfter {
   KeySource keys;
-  int64_t start;  // a slot
+  int64_t start, heads;
 };
 
 // Lane (member, token, head) of the queries that share these keys. Strides in elements.
@@ -103,10 +104,10 @@ using AttentionSizesOf = AttentionSizes(bool bfloat16, int64_t dim);
 // Panels of the lanes from number `first` on, at most kPanelsTogether: they go over the keys
 // together, so that a block's values are turned once.
 inline constexpr int kPanelsTogether = 4;
+using AttendKernel = void(const VideoAttention& args, int64_t first, int64_t count, void* scratch);
 // Key heads whose rows lie beside each other, with a panel of queries each: a block after the
 // other, and in it a head after the other, so that memory is read in whole rows.
 inline constexpr int kHeadsTogether = kPanelsTogether;
-using AttendKernel = void(const VideoAttention& args, int64_t first, int64_t count, void* scratch);
 // Blocks [first, last) of args.keys to `to`.
 using PackKeys = void(const VideoAttention& args, int64_t first, int64_t last, char* to);
 // Sums of dk (without the scale) and dv: [slots][attention_stride(dim)] for each segment.

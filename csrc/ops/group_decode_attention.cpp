@@ -18,13 +18,15 @@ using torch::stable::Tensor;
 constexpr const char* kOp = "group_decode_attention";
 
 // How many key heads go together: those whose rows lie beside each other, as long as each thread
-// has tasks to choose from.
+// has tasks to choose from and two blocks of such rows stay in a second level cache.
 int64_t heads_together(std::initializer_list<const HeadRows*> keys, const AttentionShape& s,
                        int64_t threads) {
   for (const HeadRows* x : keys) {
     if (x->stride[2] != s.dim) return 1;
   }
-  int64_t together = std::min<int64_t>(cpu::kHeadsTogether, s.kv_heads);
+  constexpr int64_t kRowBytes = 1024;
+  const int64_t most = std::max<int64_t>(1, kRowBytes / (s.dim * (s.bfloat16 ? 2 : 4)));
+  int64_t together = std::min<int64_t>({cpu::kHeadsTogether, s.kv_heads, most});
   while (together > 1 && s.batch * ((s.kv_heads + together - 1) / together) < 2 * threads) {
     together /= 2;
   }
@@ -114,28 +116,33 @@ Tensor group_decode_attention_cpu(const Tensor& q_in, const Tensor& prefix_k_in,
     a.keys = two_segments(a.keys, one_segment(sk, sv, row, head, suffix[row]));
     return a;
   };
+  const int64_t threads = all_threads();
   // Key heads a task.
-  const int64_t heads = panels > 1 ? 1 : heads_together({&pk, &pv, &sk, &sv}, s, all_threads());
-  const int64_t head_tasks = (s.kv_heads + heads - 1) / heads;
-  each(s.batch * head_tasks, panels,
-       [&](int64_t unit, int64_t first, int64_t count, void* scratch) {
-         const int64_t row = unit / head_tasks, head = unit % head_tasks * heads;
-         const int64_t some = std::min(heads, s.kv_heads - head);
-         cpu::VideoAttention calls[cpu::kHeadsTogether];
-         for (int64_t i = 0; i < some; ++i) calls[i] = own_call_of(row, head + i);
-         const int64_t group = row / group_size;
-         const float* state = group_size > 1 ? state_of(group, head, row % group_size) : nullptr;
-         // What this thread may well go on with.
-         const int64_t next = unit + all_threads();
-         const bool more = next < s.batch * head_tasks;
-         cpu::KeysAfter after;
-         if (more) {
-           after = {own_call_of(next / head_tasks, next % head_tasks * heads).keys,
-                    shared_blocks(next / head_tasks / group_size) * cpu::kKeyBlock};
-         }
-         kernel({calls, some, state, group_size * lanes * state_size, more ? &after : nullptr},
-                first, count, shared_blocks(group), scratch);
-       });
+  const int64_t heads = panels > 1 ? 1 : heads_together({&pk, &pv, &sk, &sv}, s, threads);
+  const int64_t head_tasks = (s.kv_heads + heads - 1) / heads, units = s.batch * head_tasks;
+  const auto heads_from = [&](int64_t head) { return std::min(heads, s.kv_heads - head); };
+  // The first block of what the thread of a unit may well go on with; nothing if `heads` is 0.
+  const auto after_of = [&](int64_t unit) {
+    cpu::KeysAfter after{};
+    const int64_t next = unit + threads;
+    if (panels > 1 || next >= units) return after;
+    const int64_t row = next / head_tasks, head = next % head_tasks * heads;
+    const auto [low, high] = blocks_seen(reach.data() + row * s.queries, s.queries);
+    const int64_t block = std::max(low, shared_blocks(row / group_size));
+    if (block >= high) return after;
+    return cpu::KeysAfter{own_call_of(row, head).keys, block * cpu::kKeyBlock, heads_from(head)};
+  };
+  each(units, panels, [&](int64_t unit, int64_t first, int64_t count, void* scratch) {
+    const int64_t row = unit / head_tasks, head = unit % head_tasks * heads;
+    const int64_t some = heads_from(head), group = row / group_size;
+    cpu::VideoAttention calls[cpu::kHeadsTogether];
+    for (int64_t i = 0; i < some; ++i) calls[i] = own_call_of(row, head + i);
+    const float* state = group_size > 1 ? state_of(group, head, row % group_size) : nullptr;
+    const cpu::KeysAfter after = after_of(unit);
+    kernel(
+        {calls, some, state, group_size * lanes * state_size, after.heads > 0 ? &after : nullptr},
+        first, count, shared_blocks(group), scratch);
+  });
   return result;
 }
 

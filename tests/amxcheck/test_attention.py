@@ -27,7 +27,7 @@ VECTORS = tuple(flag for flag in AMX if not flag.startswith("-mamx"))
 def probe(*faults: str, flags: tuple[str, ...] = AMX) -> ctypes.CDLL:
     defined = [f"-DRLIR_FAULT_{f}" for f in faults]
     library = compiled(PROBES / "attention_probe.cpp", *flags, *defined)
-    for name in ("cache_scratch", "panel_scratch"):
+    for name in ("cache_scratch", "heads_scratch", "panel_scratch"):
         getattr(library, name).restype = ctypes.c_int64
     return library
 
@@ -108,6 +108,20 @@ def by_panel(library: ctypes.CDLL, q: Halves, k: Halves, v: Halves, scale: float
     return out
 
 
+def by_heads(library: ctypes.CDLL, q: Halves, k: Halves, v: Halves, scale: float) -> Floats:
+    """q [heads, queries, d]; k and v [slots, heads, d]."""
+    heads, queries, d = q.shape
+    out = np.full(q.shape, np.nan, np.float32)
+    space = scratch(library.heads_scratch(ctypes.c_int64(d)))
+    with tiles():
+        library.by_heads(
+            *(pointer(out), pointer(q), ctypes.c_int64(heads), ctypes.c_int64(queries)),
+            *(pointer(k), pointer(v), ctypes.c_int64(len(k)), ctypes.c_int64(d)),
+            *(ctypes.c_float(scale), pointer(space)),
+        )
+    return out
+
+
 def exact(q: Halves, k: Halves, v: Halves, scale: float) -> NDArray[np.float64]:
     wide = [(x.astype(np.uint32) << 16).view(np.float32).astype(np.float64) for x in (q, k, v)]
     scores = wide[0] @ wide[1].T * scale
@@ -145,6 +159,20 @@ def test_any_border(seed: int, queries: int, shared: int, own: int, d: int) -> N
 )
 def test_whole_blocks(shared: int, own: int) -> None:
     assert_engine_is_a_panel(probe(), 1, 4, shared, own, 128)
+
+
+@pytest.mark.parametrize("queries", [1, 4, 16, 17, 48])
+@pytest.mark.parametrize(("heads", "slots"), [(2, 300), (3, 128), (4, 77)])
+def test_heads_that_go_together(queries: int, heads: int, slots: int) -> None:
+    """Few queries and panels; a head has the bits that it has by itself."""
+    rng, d, library = np.random.default_rng(queries + slots), 64, probe()
+    q = bfloat16(rng, heads, queries, d)
+    k, v = (bfloat16(rng, slots, heads, d) for _ in range(2))
+    got = by_heads(library, q, k, v, 0.18)
+    for h in range(heads):
+        alone = (np.ascontiguousarray(x[:, h]) for x in (k, v))
+        want = by_panel(library, q[h], *alone, 0.18)
+        assert np.array_equal(got[h].view(np.uint32), want.view(np.uint32))
 
 
 def test_another_order_shows() -> None:

@@ -72,4 +72,43 @@ EXPORT void by_panel(float* out, const uint16_t* q, int64_t queries, const uint1
   }
 }
 
+// The same for some key heads at once: q and out [heads][queries][dim], k and v
+// [slots][heads][dim].
+EXPORT void by_heads(float* out, const uint16_t* q, int64_t heads, int64_t queries,
+                     const uint16_t* k, const uint16_t* v, int64_t slots, int64_t dim, float scale,
+                     float* scratch) {
+  const ProductScope<Pairs> scope;
+  const rlir::Reach reach{.low = 0, .high = slots, .own = slots, .tau = 0};
+  VideoAttention calls[kHeadsTogether];
+  Panel<Pairs> panels[kHeadsTogether];
+  panels_at(panels, static_cast<int>(heads), scratch, dim);
+  for (int64_t h = 0; h < heads; ++h) {
+    VideoAttention a{};
+    a.bfloat16 = true;
+    a.dim = dim;
+    a.scale = scale;
+    a.queries = {q + h * queries * dim, 1, 1, queries, {0, 0, dim}, &reach};
+    const void *key = k + h * dim, *value = v + h * dim;
+    const int64_t stride = heads * dim;
+    a.keys = {{key, key}, {value, value}, {stride, stride}, {stride, stride}, {slots, 0}};
+    calls[h] = a;
+    load_queries(panels[h], a, 0);
+    clear_state(panels[h], dim);
+  }
+  const KeysAfter after{calls[0].keys, 0, heads};
+  const int count = static_cast<int>(heads);
+  attend_blocks(panels, count, calls, count, 0, INT64_MAX, &after);
+  for (int64_t h = 0; h < heads; ++h) {
+    for (int64_t i = 0; i < queries; ++i) {
+      const float inverse = 1.0f / panels[h].l[i];
+      float* to = out + (h * queries + i) * dim;
+      for (int64_t d = 0; d < dim; ++d) to[d] = panels[h].sums[d * kPanel + i] * inverse;
+    }
+  }
+}
+
+EXPORT int64_t heads_scratch(int64_t dim) {
+  return shared_floats<Pairs>(dim) + kHeadsTogether * own_floats<Pairs>(dim);
+}
+
 EXPORT int64_t panel_scratch(int64_t dim) { return panel_floats<Pairs>(dim); }

@@ -1,9 +1,9 @@
 // The rows of keys and values that come next, asked of memory while others are in use.
 //
 // A thread that only reads what it needs next waits for memory most of the time where queries are
-// few, as in decoding. And memory gives whole pages about twice as fast as a quarter of each slot's
-// row of heads: so where a thread has several key heads (they lie beside each other), it asks for
-// all of their rows at once.
+// few, as in decoding. And memory gives whole pages faster than a quarter of each slot's row of
+// heads: so where a thread has several key heads (they lie beside each other), it asks for all of
+// their rows at once. How much that is: docs/kernels/group_decode_attention.md.
 //
 // Internal linkage: compiled once per instruction set.
 #pragma once
